@@ -1,0 +1,201 @@
+"""What a run can be told: one frozen dataclass per concern, one field per decision.
+
+The docstring under each field is its help text (`solar-mega VERB --help` shows it), so units and
+defaults live here and nowhere else. `load.py` reads TOML into these, `check.py` finds what is wrong
+with them before any work starts.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Precision = Literal["fp32", "bf16"]
+Implementation = Literal["fused", "reference"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: Path
+    """Hugging Face directory or Megatron checkpoint that gives the architecture and, unless
+    `weights = "random"`, the weights. For random weights a directory holding only `config.json` will do."""
+
+    layer_map: str = "identity"
+    """Depth: which source layer each target layer starts from. `identity`, `dus:M` (drop the last M
+    layers of the model and the first M of its copy), `stack:G`, `slices:0-24,8-32`, or a list `0,1,2,1,2,3`."""
+
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random` keeps the architecture (through `layer_map`) and initialises from `train.seed`."""
+
+    init_std: float | None = None
+    """Standard deviation of random initialisation; default: `initializer_range` of the source's config.json."""
+
+    vocab_divisor: int = 1
+    """Pad the vocabulary to a multiple of this many rows (times `parallel.tp`). 1 refuses a vocabulary
+    that TP does not divide, and says so."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tp: int = 1
+    """Tensor-parallel ranks: each layer's matrices are split this many ways."""
+
+    pp: int = 1
+    """Pipeline stages: the layers are split this many ways, in order."""
+
+    vpp: int = 1
+    """Virtual stages (model chunks) per pipeline rank; above 1 uses the interleaved schedule."""
+
+    dp: int | None = None
+    """Data-parallel replicas. Derived from the world size; give it to have it checked."""
+
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence inside a tensor-parallel group (needs tp > 1)."""
+
+    distributed_optimizer: bool = True
+    """Shard optimizer state over the data-parallel ranks."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int
+    """Optimizer steps of the whole run, counted from its beginning (a resumed run ends at the same step)."""
+
+    seq_length: int
+    """Tokens per sample."""
+
+    global_batch_size: int
+    """Samples per optimizer step over all ranks."""
+
+    micro_batch_size: int = 1
+    """Samples per forward pass on one data-parallel rank."""
+
+    precision: Precision = "bf16"
+    """`bf16` trains bf16 weights over fp32 master weights; `fp32` everything in fp32."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass: none, core attention only, or whole layers."""
+
+    seed: int = 1234
+    """Seeds weights, dropout and the order of the data."""
+
+    eval_interval: int = 0
+    """Steps between validations; 0 validates only at the start and at the end."""
+
+    eval_samples: int = 64
+    """Validation samples (of `seq_length` tokens) per validation; 0 turns validation off."""
+
+    log_interval: int = 10
+    """Steps between console lines; `metrics.jsonl` has every step."""
+
+    threads: int | None = None
+    """CPU threads per process (CPU runs only); default: cores divided by local ranks."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 3e-4
+    """Peak learning rate."""
+
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled (AdamW); not applied to norms and biases."""
+
+    clip_grad: float = 1.0
+    """Global gradient norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Cosine decay, warm-up-stable-decay, or constant after warm-up."""
+
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0 to `optimizer.lr`."""
+
+    decay_steps: int | None = None
+    """Cosine: steps until `min_lr` is reached (default: `train.steps`). WSD: length of the final decay
+    (default: a tenth of `train.steps`)."""
+
+    wsd_decay: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "minus_sqrt"
+    """Shape of the WSD decay."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: tuple[str, ...]
+    """Tokenised corpora (`.bin/.idx` prefixes), each optionally with a weight: `["0.7 a/text", "0.3 b/code"]`."""
+
+    valid: tuple[str, ...] = ()
+    """Validation corpora; empty splits `train` by documents as `split` says."""
+
+    split: tuple[float, float] = (0.98, 0.02)
+    """Train and validation shares of the documents when `valid` is empty."""
+
+    tokenizer: Path | None = None
+    """Tokenizer directory or SentencePiece model the corpora were made with; default: the model's own."""
+
+    cache: Path | None = None
+    """Where sample indices are cached; default: `<output.dir>/data_cache`."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    interval: int = 0
+    """Steps between saves; 0 saves only at the end (and when a signal asks for it)."""
+
+    keep: int = 2
+    """Newest complete checkpoints kept; never below 2."""
+
+    resume: Literal["auto", "never", "must"] = "auto"
+    """`auto` continues from `<output.dir>/checkpoints/latest` where there is one, `must` fails where there is none,
+    `never` refuses to start over a directory that has checkpoints."""
+
+    save_optimizer: bool = True
+    """Keep optimizer state in checkpoints; without it a checkpoint can be loaded but not resumed."""
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    dir: Path
+    """Everything the run writes: `metrics.jsonl`, `config.toml`, `checkpoints/`, `hf/`."""
+
+    export_hf: bool = True
+    """Write the trained model as a Hugging Face directory `<dir>/hf` at the end."""
+
+    export_precision: Precision | None = None
+    """dtype of the exported weights; default: that of the source directory."""
+
+    shard_size: str = "5GB"
+    """Largest safetensors file of an export, as transformers spells it."""
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    rms_norm: Implementation = "fused"
+    """RMSNorm and residual add: the compiled op or the PyTorch reference."""
+
+    attention: Literal["sdpa", "reference"] = "sdpa"
+    """Core attention: PyTorch's scaled_dot_product_attention, or megatron-core's unfused softmax."""
+
+    token_loss: Implementation = "fused"
+    """Vocabulary-parallel cross entropy."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """`solar-mega pretrain`: (continued) pretraining of a model grown through a layer map."""
+
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig
+    output: OutputConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
