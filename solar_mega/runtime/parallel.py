@@ -1,0 +1,150 @@
+"""Processes, devices and Megatron's process groups: started once, stopped once.
+
+    rank = tp + TP * (dp + DP * pp)         neighbouring ranks share a layer, distant ones a replica or a stage
+
+NCCL where there is CUDA, gloo through `runtime.cpu` where there is not. A program started without torchrun is
+a world of one.
+"""
+
+import datetime
+import os
+import socket
+import warnings
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from solar_mega.config.schema import ParallelConfig
+from solar_mega.errors import UserError
+from solar_mega.runtime import cpu
+
+
+def start(parallel: ParallelConfig, seed: int = 1234, threads: int | None = None) -> None:
+    """Join the world, build Megatron's process groups and seed every generator.
+
+    Args:
+        parallel: layout; `parallel.dp` may be None and is then world size / (tp * pp).
+        seed: base seed; Megatron offsets it per stage and tensor-parallel rank where streams must differ.
+        threads: CPU threads of this process (ignored on CUDA); default cores / local ranks.
+
+    Raises:
+        UserError: the world size is not tp * pp * dp.
+    """
+    check_world_size(parallel, int(os.environ.get("WORLD_SIZE", "1")))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        cpu.install()
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_ranks))
+    _join_world()
+    parallel_state, tensor_parallel = _megatron()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def stop() -> None:
+    """Leave the groups in order. Safe to call when nothing was started."""
+    global _control
+    if not dist.is_initialized():
+        return
+    parallel_state, _ = _megatron()
+    parallel_state.destroy_model_parallel()
+    _control = None
+    dist.destroy_process_group()
+
+
+@contextmanager
+def running(parallel: ParallelConfig, seed: int = 1234, threads: int | None = None):
+    """`start` and, however the block ends, `stop`."""
+    start(parallel, seed, threads)
+    try:
+        yield
+    finally:
+        stop()
+
+
+def check_world_size(parallel: ParallelConfig, world: int) -> None:
+    model = parallel.tp * parallel.pp
+    if parallel.dp is not None and world != model * parallel.dp:
+        raise UserError(
+            f"world size {world} is not parallel.tp * parallel.pp * parallel.dp = {parallel.tp} * {parallel.pp} * "
+            f"{parallel.dp} = {model * parallel.dp}; start {model * parallel.dp} processes or change the layout"
+        )
+    if world % model:
+        raise UserError(
+            f"world size {world} is not a multiple of parallel.tp * parallel.pp = {parallel.tp} * {parallel.pp} = "
+            f"{model}; start a multiple of {model} processes or change the layout"
+        )
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+_control: dist.ProcessGroup | None = None
+
+
+def control_group() -> dist.ProcessGroup:
+    """A gloo group of all ranks for host-side traffic (decisions, objects, exported tensors). Collective on first use."""
+    global _control
+    if _control is None:
+        _control = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return _control
+
+
+def agree(error: Exception | None) -> None:
+    """Collective. If any rank failed, all ranks raise: that rank its own error, the others a short note of it.
+
+    Without this a rank that raises alone leaves the others waiting in their next collective.
+    """
+    texts: list[str | None] = [None] * world_size()
+    mine = None if error is None else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(texts, mine, group=control_group())
+    if error is not None:
+        raise error
+    failed = [(r, text) for r, text in enumerate(texts) if text is not None]
+    if failed:
+        raise UserError(f"rank {failed[0][0]} failed: {failed[0][1]}")
+
+
+def _join_world() -> None:
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    timeout = datetime.timedelta(minutes=30)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    dist.init_process_group(backend, f"tcp://127.0.0.1:{port}", world_size=1, rank=0, timeout=timeout)
+
+
+def _megatron():
+    """Megatron's state modules. Imported late and quietly: each missing accelerator costs a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core import parallel_state, tensor_parallel
+    return parallel_state, tensor_parallel
