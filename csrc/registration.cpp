@@ -1,0 +1,44 @@
+// The ops' schemas, and the Python module `solar_mega._C` whose import registers them.
+//
+// Kernels register themselves: csrc/cpu/<op>.cpp for CPU, csrc/cuda/<op>.cu for CUDA, under the stem that
+// solar_mega/ops/<op>.py and tests/ops/test_<op>.py have too. Everything goes through LibTorch's stable ABI and
+// Python's limited API, so that one binary serves torch 2.10 and newer and Python 3.10 and newer.
+
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(solar_mega, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, bool zero_centered=False) -> (Tensor y, Tensor rstd)");
+  m.def(
+      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool zero_centered=False) -> "
+      "(Tensor y, Tensor new_residual, Tensor rstd)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dresidual=None, "
+      "bool zero_centered=False) -> (Tensor dx, Tensor dweight)");
+}
+
+namespace {
+
+#ifdef SOLAR_MEGA_WITH_CUDA
+constexpr const char* kWithCuda = "1";
+#else
+constexpr const char* kWithCuda = "";
+#endif
+
+int add_build_facts(PyObject* module) {
+  const bool failed = PyModule_AddStringConstant(module, "cuda", kWithCuda) ||
+      PyModule_AddStringConstant(module, "cuda_reason", SOLAR_MEGA_BUILD_CUDA_REASON) ||
+      PyModule_AddStringConstant(module, "torch", SOLAR_MEGA_BUILD_TORCH) ||
+      PyModule_AddStringConstant(module, "compiler", __VERSION__);
+  return failed ? -1 : 0;
+}
+
+PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(add_build_facts)}, {0, nullptr}};
+
+PyModuleDef module_def = {
+    PyModuleDef_HEAD_INIT, "_C", "Compiled ops of solar_mega.", 0, nullptr, slots, nullptr, nullptr, nullptr};
+
+} // namespace
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&module_def); }
