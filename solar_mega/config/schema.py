@@ -29,10 +29,6 @@ class ModelConfig:
     init_std: float | None = None
     """Standard deviation of random initialisation; default: `initializer_range` of the source's config.json."""
 
-    vocab_divisor: int = 1
-    """Pad the vocabulary to a multiple of this many rows (times `parallel.tp`). 1 refuses a vocabulary
-    that TP does not divide, and says so."""
-
 
 @dataclass(frozen=True)
 class ParallelConfig:

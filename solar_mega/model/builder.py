@@ -1,0 +1,125 @@
+"""Architecture + layout -> megatron-core GPT model chunks, one per virtual stage of this rank."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from solar_mega.config.schema import KernelConfig, ParallelConfig, Precision, TrainConfig
+from solar_mega.model.architecture import Architecture
+from solar_mega.model.layout import check_layout
+from solar_mega.model.spec import SolarSpecProvider, solar_layer_spec
+
+DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+_RECOMPUTE = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def build_model(
+    arch: Architecture,
+    parallel: ParallelConfig,
+    precision: Precision,
+    kernels: KernelConfig | None = None,
+    recompute: str = "none",
+    max_sequence_length: int | None = None,
+) -> list[GPTModel]:
+    """This rank's part of the decoder. Process groups must exist (`runtime.parallel.start`).
+
+    The weights are allocated and not initialised: `checkpoint.from_hf` or `checkpoint.megatron` fills every one.
+
+    Returns:
+        One chunk per virtual stage, in pipeline order. `chunk(tokens, position_ids, None)` gives logits
+        [b, s, vocab / tp] on the last stage and hidden states elsewhere; with `labels=` per-token losses [b, s].
+
+    Raises:
+        UserError: the decoder does not fit the layout; all reasons listed.
+    """
+    check_layout(arch, parallel, max_sequence_length).raise_if_any("the model does not fit the parallel layout")
+    kernels = kernels or KernelConfig()
+    config = transformer_config(arch, parallel, precision, recompute)
+    stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
+    return [_build_chunk(arch, config, kernels, max_sequence_length, stage) for stage in stages]
+
+
+def build_for_training(arch: Architecture, parallel: ParallelConfig, train: TrainConfig, kernels: KernelConfig):
+    return build_model(arch, parallel, train.precision, kernels, train.recompute, train.seq_length)
+
+
+def transformer_config(
+    arch: Architecture, parallel: ParallelConfig, precision: Precision, recompute: str
+) -> TransformerConfig:
+    dtype = DTYPES[precision]
+    window = (arch.sliding_window - 1, 0) if arch.sliding_window else None
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        window_size=window,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        # Weights come from a checkpoint or from `checkpoint.random_weights`, never from Megatron's initialisers.
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        calculate_per_token_loss=True,
+        # Each of these needs apex, Transformer Engine or a compiler at run time.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        **_RECOMPUTE[recompute],
+    )
+
+
+def _build_chunk(
+    arch: Architecture,
+    config: TransformerConfig,
+    kernels: KernelConfig,
+    max_sequence_length: int | None,
+    vp_stage: int | None,
+) -> GPTModel:
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    block = TransformerBlockSubmodules(
+        layer_specs=[solar_layer_spec(kernels)] * layers, layer_norm=SolarSpecProvider(kernels).layer_norm()
+    )
+    chunk = GPTModel(
+        config,
+        block,
+        vocab_size=arch.vocab_size,
+        max_sequence_length=max_sequence_length or arch.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=arch.rope.theta,
+        vp_stage=vp_stage,
+    )
+    # Megatron knows one rope scaling with fixed constants; the frequencies of the config replace its own.
+    frequencies = torch.tensor(arch.rope.inverse_frequencies(arch.head_dim), dtype=torch.float32)
+    chunk.rotary_pos_emb.inv_freq = frequencies.to(torch.cuda.current_device())
+    if not torch.cuda.is_available():
+        return chunk
+    return chunk.cuda()

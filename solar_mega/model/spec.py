@@ -1,0 +1,56 @@
+"""Which module goes where in megatron-core's block, through its own extension point."""
+
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from solar_mega.config.schema import KernelConfig
+from solar_mega.model.modules import RMSNorm, SDPAttention, SolarLayer
+
+
+class SolarSpecProvider(LocalSpecProvider):
+    """megatron-core's local linears with this project's norm and attention."""
+
+    def __init__(self, kernels: KernelConfig) -> None:
+        self.kernels = kernels
+
+    def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> ModuleSpec:
+        return ModuleSpec(module=RMSNorm, params={"implementation": self.kernels.rms_norm})
+
+    def core_attention(self) -> type:
+        return SDPAttention if self.kernels.attention == "sdpa" else DotProductAttention
+
+
+def solar_layer_spec(kernels: KernelConfig) -> ModuleSpec:
+    """One decoder layer: norm, attention over packed QKV, add+norm, gated MLP."""
+    provider = SolarSpecProvider(kernels)
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=provider.column_parallel_linear(),
+            core_attention=provider.core_attention(),
+            linear_proj=provider.row_parallel_linear(),
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+    return ModuleSpec(
+        module=SolarLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=provider.layer_norm(),
+            self_attention=attention,
+            pre_mlp_layernorm=provider.layer_norm(),
+            mlp=get_mlp_module_spec_for_backend(backend=provider),
+            # Checkpoint keys as Transformer Engine spells them, so that either spec reads the other's checkpoints.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
