@@ -31,7 +31,7 @@ class Field:
 
     @property
     def flag(self) -> str:
-        """How the setting is spelled on the command line: sections as in the file, verb options with hyphens."""
+        """How it is spelled on the command line: sections as in the file, verb options with hyphens."""
         if self.positional:
             return self.key.upper()
         return "--" + (self.key if "." in self.key else self.key.replace("_", "-"))
@@ -55,19 +55,16 @@ def fields_of(cls: type, prefix: str = "") -> dict[str, Field]:
     return table
 
 
-def build(cls: type, values: Mapping[str, Any], prefix: str = "", absent: Any = MISSING) -> Any:
-    """The dataclass holding `values` (by dotted key) and defaults elsewhere. A required field without a value
-    gets `absent`; the caller has made sure that there is none, or passes a marker."""
+def build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """The dataclass holding `values` (by dotted key), defaults elsewhere; no required one is absent."""
     hints = typing.get_type_hints(cls)
     arguments = {}
     for field in dataclasses.fields(cls):
         key = prefix + field.name
         if dataclasses.is_dataclass(hints[field.name]):
-            arguments[field.name] = build(hints[field.name], values, key + ".", absent)
+            arguments[field.name] = build(hints[field.name], values, key + ".")
         elif key in values:
             arguments[field.name] = values[key]
-        elif field.default is MISSING and field.default_factory is MISSING:
-            arguments[field.name] = absent
     return cls(**arguments)
 
 
@@ -80,6 +77,7 @@ def _optional(hint: Any) -> Any | None:
     return None
 
 
+_PLURALS = {int: "whole numbers", float: "numbers", str: "strings", Path: "paths"}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}
 
 
@@ -91,7 +89,7 @@ def allowed(hint: Any) -> str:
         return "one of " + ", ".join(str(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
-        plural = {int: "whole numbers", float: "numbers", str: "strings", Path: "paths"}.get(items[0], "values")
+        plural = _PLURALS.get(items[0], "values")
         return f"a list of {plural}" if Ellipsis in items else f"a list of {len(items)} {plural}"
     if hint in _WORDS:
         return _WORDS[hint]
@@ -141,8 +139,8 @@ def from_words(hint: Any, words: Sequence[str]) -> Any:
 
 
 def _plain(hint: Any, word: str) -> Any:
-    """The TOML value that a word stands for in a field of this type; the word itself where it stands for none,
-    which from_toml then refuses."""
+    """The TOML value that a word stands for in a field of this type; the word itself where it stands for
+    none, which from_toml then refuses."""
     try:
         if hint is int or hint is float:
             try:
@@ -167,5 +165,6 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     near = elsewhere or difflib.get_close_matches(given, known, n=1, cutoff=0.6)
     if not near:
         last = {name.rpartition(".")[2]: name for name in known}
-        near = [last[name] for name in difflib.get_close_matches(given.rpartition(".")[2], last, n=1, cutoff=0.75)]
+        close = difflib.get_close_matches(given.rpartition(".")[2], last, n=1, cutoff=0.75)
+        near = [last[name] for name in close]
     return f"; did you mean {near[0]}?" if near else ""

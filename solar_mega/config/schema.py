@@ -21,13 +21,15 @@ class ModelConfig:
 
     layer_map: str = "identity"
     """Depth: which source layer each target layer starts from. `identity`, `dus:M` (drop the last M
-    layers of the model and the first M of its copy), `stack:G`, `slices:0-24,8-32`, or a list `0,1,2,1,2,3`."""
+    layers of the model and the first M of its copy), `stack:G`, `slices:0-24,8-32`, or a list
+    `0,1,2,1,2,3`."""
 
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` keeps the architecture (through `layer_map`) and initialises from `train.seed`."""
 
     init_std: float | None = None
-    """Standard deviation of random initialisation; default: `initializer_range` of the source's config.json."""
+    """Standard deviation of random initialisation; default: `initializer_range` of the source's
+    config.json."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: tuple[str, ...]
-    """Tokenised corpora (`.bin/.idx` prefixes), each optionally with a weight: `["0.7 a/text", "0.3 b/code"]`."""
+    """Tokenised corpora (`.bin/.idx` prefixes), each optionally with a weight:
+    `["0.7 a/text", "0.3 b/code"]`."""
 
     valid: tuple[str, ...] = ()
     """Validation corpora; empty splits `train` by documents as `split` says."""
@@ -148,8 +151,8 @@ class CheckpointConfig:
     """Newest complete checkpoints kept; never below 2."""
 
     resume: Literal["auto", "never", "must"] = "auto"
-    """`auto` continues from `<output.dir>/checkpoints/latest` where there is one, `must` fails where there is none,
-    `never` refuses to start over a directory that has checkpoints."""
+    """`auto` continues from `<output.dir>/checkpoints/latest` where there is one, `must` fails where there
+    is none, `never` refuses to start over a directory that has checkpoints."""
 
     save_optimizer: bool = True
     """Keep optimizer state in checkpoints; without it a checkpoint can be loaded but not resumed."""
