@@ -1,0 +1,339 @@
+"""Safetensors directories: slices read by offset, shards written as a stream.
+
+Neither side ever holds more than the tensor at hand, and neither needs torch until a tensor is asked for.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from solar_mega.artifact.safetensors_format import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    TensorInfo,
+    dtype_name,
+    read_header,
+    read_index,
+    tensor_bytes,
+    torch_dtype,
+)
+from solar_mega.errors import Problems, UserError
+from solar_mega.runtime.files import copy_range, read_into, write_all
+
+if TYPE_CHECKING:
+    import torch
+
+SHARD_BYTES = 5 * 10**9
+_CHUNK = 4 << 20
+_SHOWN = 20  # problems spelled out in one error
+
+
+class SafetensorsReader:
+    """The tensors of a directory, validated as a whole before the first one is read.
+
+    Raises UserError listing everything that is wrong: missing or truncated shards, headers that are not
+    JSON or too long, tensors that overlap, leave gaps or have the wrong number of bytes, names that the
+    index places in a shard that lacks them, names found twice or not in the index.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.bytes_read = 0
+        """Bytes of tensor data read so far, headers not counted. Slices count exactly the bytes they hold."""
+        self._descriptors: dict[str, int] = {}
+        problems = Problems()
+        self.files, listed = read_index(self.directory, problems)
+        problems.raise_if_any(f"checkpoint {self.directory}")
+        self.infos: dict[str, TensorInfo] = {}
+        for file in self.files:
+            for info in read_header(self.directory / file, problems):
+                if info.name in self.infos:
+                    problems.add(f"{info.name} is in both {self.infos[info.name].file} and {file}")
+                self.infos.setdefault(info.name, info)
+        if listed is not None:
+            self._compare_with_index(listed, problems)
+        if len(problems.texts) > _SHOWN:
+            problems.texts[_SHOWN:] = [f"... and {len(problems.texts) - _SHOWN} more"]
+        problems.raise_if_any(f"checkpoint {self.directory}")
+
+    def _compare_with_index(self, listed: dict[str, str], problems: Problems) -> None:
+        broken = {file for file in self.files if any(text.startswith(f"{file}:") for text in problems.texts)}
+        for name, file in listed.items():
+            info = self.infos.get(name)
+            if info is None and file not in broken:
+                problems.add(f"{INDEX} places {name} in {file}, which does not have it")
+            elif info is not None and info.file != file and file not in broken:
+                problems.add(f"{INDEX} places {name} in {file}, but it is in {info.file}")
+        for name, info in self.infos.items():
+            if name not in listed:
+                problems.add(f"{info.file} holds {name}, which {INDEX} does not list")
+
+    def __enter__(self) -> "SafetensorsReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptors", None):
+            self.close()
+
+    def close(self) -> None:
+        """Closes the shards; they open again when something is read."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(info.nbytes for info in self.infos.values())
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises UserError naming the directory when it has no such tensor."""
+        if name not in self.infos:
+            raise UserError(
+                f"checkpoint {self.directory} has no tensor {name} (it has {len(self.infos)} others)"
+            )
+        return self.infos[name]
+
+    def descriptor(self, name: str) -> int:
+        """An open file descriptor of the shard that holds `name`; it belongs to the reader."""
+        file = self.info(name).file
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY)
+        return self._descriptors[file]
+
+    def read(self, name: str) -> "torch.Tensor":
+        """The whole tensor, in memory of its own."""
+        info = self.info(name)
+        tensor, buffer = _empty(info.dtype, info.shape)
+        self._read_into(info, buffer, info.offset)
+        return tensor
+
+    def read_rows(self, name: str, start: int, stop: int, dim: int = 0) -> "torch.Tensor":
+        """Indices [start, stop) along `dim`, in memory of its own.
+
+        Reads those bytes and no others: one stretch for dim 0, otherwise one segment per index of the
+        dimensions before `dim` ([rows, columns] with dim 1: one per row). Raises ValueError out of range.
+        """
+        info = self.info(name)
+        if not (0 <= dim < len(info.shape) and 0 <= start <= stop <= info.shape[dim]):
+            raise ValueError(f"[{start}, {stop}) along dim {dim} is outside {name} {list(info.shape)}")
+        tensor, buffer = _empty(info.dtype, (*info.shape[:dim], stop - start, *info.shape[dim + 1 :]))
+        stretches = math.prod(info.shape[:dim])
+        if not len(buffer):
+            return tensor
+        segment, stride = len(buffer) // stretches, info.nbytes // stretches
+        first = info.offset + start * (stride // info.shape[dim])
+        if segment == stride:  # everything along dim: one stretch
+            stretches, segment = 1, len(buffer)
+        for i in range(stretches):
+            self._read_into(info, buffer[i * segment : (i + 1) * segment], first + i * stride)
+        return tensor
+
+    def raw(self, name: str, chunk_bytes: int = _CHUNK) -> Iterator[bytes]:
+        """The tensor's bytes in chunks, undecoded."""
+        info = self.info(name)
+        for at in range(0, info.nbytes, chunk_bytes):
+            size = min(chunk_bytes, info.nbytes - at)
+            chunk = os.pread(self.descriptor(name), size, info.offset + at)
+            if len(chunk) != size:
+                raise UserError(f"{self.directory / info.file} was cut while it was read ({name})")
+            self.bytes_read += size
+            yield chunk
+
+    def _read_into(self, info: TensorInfo, buffer: memoryview, offset: int) -> None:
+        try:
+            read_into(self.descriptor(info.name), buffer, offset)
+        except EOFError as error:
+            raise UserError(
+                f"{self.directory / info.file} was cut while it was read ({info.name}): {error}"
+            ) from error
+        self.bytes_read += len(buffer)
+
+
+def _empty(dtype: str, shape: Sequence[int]) -> "tuple[torch.Tensor, memoryview]":
+    """An uninitialised tensor and its bytes."""
+    import torch
+
+    raw = torch.empty(tensor_bytes(dtype, shape), dtype=torch.uint8)
+    return raw.view(torch_dtype(dtype)).view(tuple(shape)), memoryview(raw.numpy())
+
+
+def as_bytes(tensor: "torch.Tensor") -> memoryview:
+    """A tensor's bytes in row-major order; copies only what is not contiguous in CPU memory."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+class ShardedWriter:
+    """Writes a checkpoint as a stream: first the plan of all tensors, then the tensors one at a time.
+
+        with ShardedWriter(directory, shard_bytes=5 * 10**9) as writer:
+            writer.plan([(name, "BF16", shape), ...])
+            writer.write(name, tensor)                    # or copy_from(reader, ...), or write_chunks(...)
+
+    Shards are filled greedily in plan order, as transformers does, and are named
+    `model-00001-of-0000N.safetensors` with an index; everything in one shard is `model.safetensors`. Inside a
+    shard, wider dtypes come first, so that every tensor is aligned. Tensors may be written in any order; plan
+    order is sequential on disk.
+
+    A shard gets its header, and the directory its index, only after the last tensor: files that were left
+    unfinished do not open as safetensors. Where a whole directory should appear at once, write into
+    `runtime.files.atomic_directory`.
+    """
+
+    def __init__(
+        self, directory: Path | str, shard_bytes: int = SHARD_BYTES, metadata: dict[str, str] | None = None
+    ) -> None:
+        if shard_bytes < 1:
+            raise UserError(f"shard size is {shard_bytes} bytes; it must be at least 1")
+        self.directory = Path(directory)
+        self.shard_bytes = shard_bytes
+        self.metadata = {"format": "pt"} if metadata is None else metadata
+        self.infos: dict[str, TensorInfo] = {}
+        self._headers: dict[str, bytes] = {}
+        self._descriptors: dict[str, int] = {}
+        self._missing: set[str] = set()
+
+    def __enter__(self) -> "ShardedWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def plan(self, tensors: Sequence[tuple[str, str, Sequence[int]]]) -> None:
+        """Lays out all tensors, given as (name, safetensors dtype, shape); creates the files at full size.
+
+        Raises ValueError for a name given twice or an unknown dtype, OSError from the disk.
+        """
+        if self.infos:
+            raise ValueError("plan was called before")
+        if not tensors or len({name for name, _, _ in tensors}) != len(tensors):
+            raise ValueError("a plan needs at least one tensor, and no name twice")
+        shards = split_into_shards(
+            [(tensor[0], tensor_bytes(*tensor[1:])) for tensor in tensors], self.shard_bytes
+        )
+        given = {name: (dtype, tuple(shape)) for name, dtype, shape in tensors}
+        for number, names in enumerate(shards, 1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._lay_out(file, {name: given[name] for name in names})
+        self._missing = set(given)
+
+    def _lay_out(self, file: str, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+        header: dict[str, Any] = {"__metadata__": self.metadata} if self.metadata else {}
+        at = 0
+        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -DTYPES[item[1][0]][0]):
+            end = at + tensor_bytes(dtype, shape)
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+            at = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._headers[file] = struct.pack("<Q", len(text)) + text
+        for name, (dtype, shape) in tensors.items():
+            begin, end = header[name]["data_offsets"]
+            self.infos[name] = TensorInfo(name, dtype, shape, file, 8 + len(text) + begin, end - begin)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        self._descriptors[file] = os.open(self.directory / file, flags, 0o666)
+        os.ftruncate(self._descriptors[file], 8 + len(text) + at)
+
+    def write(self, name: str, tensor: "torch.Tensor") -> None:
+        """Writes a tensor of the planned dtype and shape. Raises ValueError when it is another one."""
+        info = self._take(name)
+        given = (dtype_name(tensor.dtype), tuple(tensor.shape))
+        if given != (info.dtype, info.shape):
+            raise ValueError(f"{name} was planned as {info.dtype} {info.shape}, got {given[0]} {given[1]}")
+        write_all(self._descriptors[info.file], as_bytes(tensor), info.offset)
+
+    def write_chunks(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Writes a tensor's bytes from chunks. Raises ValueError when they are too few or too many."""
+        info = self._take(name)
+        done = 0
+        for chunk in chunks:
+            if done + len(chunk) > info.nbytes:
+                raise ValueError(f"{name}: more than the planned {info.nbytes} bytes")
+            done += write_all(self._descriptors[info.file], chunk, info.offset + done)
+        if done != info.nbytes:
+            raise ValueError(f"{name}: {done} of {info.nbytes} bytes")
+
+    def copy_from(
+        self, reader: SafetensorsReader, source: str, name: str, advance: Callable[[int], None] | None = None
+    ) -> None:
+        """Moves the bytes of the reader's tensor `source` to `name` without decoding them.
+
+        `advance` is called with the bytes of each step. Raises ValueError when dtype or shape are not the
+        planned ones.
+        """
+        info, origin = self._take(name), reader.info(source)
+        if (origin.dtype, origin.shape) != (info.dtype, info.shape):
+            raise ValueError(
+                f"{name} was planned as {info.dtype} {info.shape}, {source} is {origin.dtype} {origin.shape}"
+            )
+        try:
+            copy_range(
+                reader.descriptor(source),
+                origin.offset,
+                self._descriptors[info.file],
+                info.offset,
+                info.nbytes,
+                advance,
+            )
+        except EOFError as error:
+            raise UserError(
+                f"{reader.directory / origin.file} was cut while it was read ({source}): {error}"
+            ) from error
+        reader.bytes_read += info.nbytes
+
+    def _take(self, name: str) -> TensorInfo:
+        if name not in self.infos:
+            raise ValueError(f"{name} is not in the plan")
+        if name not in self._missing:
+            raise ValueError(f"{name} was written before")
+        self._missing.discard(name)
+        return self.infos[name]
+
+    def close(self) -> None:
+        """Writes headers and index; `with` does it. Raises ValueError when a planned tensor is missing."""
+        if self._missing or not self.infos:
+            some = ", ".join(sorted(self._missing)[:3])
+            raise ValueError(
+                f"{len(self._missing)} of {len(self.infos)} planned tensors were not written: {some}"
+            )
+        for file, header in self._headers.items():
+            write_all(self._descriptors[file], header, 0)
+        if len(self._headers) > 1:
+            total = sum(info.nbytes for info in self.infos.values())
+            parameters = sum(info.elements for info in self.infos.values())
+            content = {
+                "metadata": {"total_parameters": parameters, "total_size": total},
+                "weight_map": {name: self.infos[name].file for name in sorted(self.infos)},
+            }
+            (self.directory / INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        self._release()
+
+
+def split_into_shards(sizes: Sequence[tuple[str, int]], shard_bytes: int) -> list[list[str]]:
+    """Names cut into shards of at most `shard_bytes`, in order; a larger tensor has a shard of its own."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes:
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
