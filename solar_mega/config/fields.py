@@ -68,7 +68,7 @@ def build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     return cls(**arguments)
 
 
-def _optional(hint: Any) -> Any | None:
+def without_none(hint: Any) -> Any | None:
     """X for `X | None`, None for anything else."""
     if typing.get_origin(hint) in (Union, types.UnionType):
         inner = [arm for arm in typing.get_args(hint) if arm is not type(None)]
@@ -83,7 +83,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 def allowed(hint: Any) -> str:
     """What a field of this type takes, in words."""
-    if (inner := _optional(hint)) is not None:
+    if (inner := without_none(hint)) is not None:
         return allowed(inner)
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(str(option) for option in typing.get_args(hint))
@@ -100,7 +100,7 @@ def from_toml(hint: Any, value: Any) -> Any:
     """A value as TOML gives it (int, float, bool, str, list), checked and made the field's type: a whole
     number passes for a float, a list for a tuple, a string for a path, nothing else for anything else.
     Raises Mismatch."""
-    if (inner := _optional(hint)) is not None:
+    if (inner := without_none(hint)) is not None:
         return from_toml(inner, value)
     origin = typing.get_origin(hint)
     if origin is Literal:
@@ -126,7 +126,7 @@ def from_toml(hint: Any, value: Any) -> Any:
 
 def from_words(hint: Any, words: Sequence[str]) -> Any:
     """The words after a flag, checked and made the field's type. Raises Mismatch."""
-    if (inner := _optional(hint)) is not None:
+    if (inner := without_none(hint)) is not None:
         return None if [word.lower() for word in words] == ["none"] else from_words(inner, words)
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_origin
 
-from solar_mega.config.fields import MISSING, Field, Mismatch, _optional, did_you_mean, from_words
+from solar_mega.config.fields import MISSING, Field, Mismatch, did_you_mean, from_words, without_none
 from solar_mega.errors import Problems
 
 _FLAG = re.compile(r"--[A-Za-z]|-[A-Za-z]$")
@@ -19,7 +19,7 @@ def _take(field: Field, words: Sequence[str], start: int) -> int:
     """Where the words that belong to a flag end: a list takes all up to the next flag, a switch only a
     spelled-out true or false, everything else one word (which may be a negative number)."""
     end = start
-    hint = _optional(field.type) or field.type
+    hint = without_none(field.type) or field.type
     if get_origin(hint) is tuple:
         limit = len(words) if Ellipsis in get_args(hint) else start + len(get_args(hint))
         while end < min(limit, len(words)) and not _FLAG.match(words[end]):
