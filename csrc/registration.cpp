@@ -8,6 +8,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/dispatch.h"
+
 STABLE_TORCH_LIBRARY(solar_mega, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool zero_centered=False) -> (Tensor y, Tensor rstd)");
   m.def(
@@ -27,7 +29,15 @@ constexpr const char* kWithCuda = "";
 #endif
 
 int add_build_facts(PyObject* module) {
-  const bool failed = PyModule_AddStringConstant(module, "cuda", kWithCuda) ||
+  const char* isa = nullptr;
+  try {
+    isa = solar_mega::isa_name(solar_mega::isa());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ImportError, error.what());
+    return -1;
+  }
+  const bool failed = PyModule_AddStringConstant(module, "cpu_isa", isa) ||
+      PyModule_AddStringConstant(module, "cuda", kWithCuda) ||
       PyModule_AddStringConstant(module, "cuda_reason", SOLAR_MEGA_BUILD_CUDA_REASON) ||
       PyModule_AddStringConstant(module, "torch", SOLAR_MEGA_BUILD_TORCH) ||
       PyModule_AddStringConstant(module, "compiler", __VERSION__);
