@@ -1,0 +1,60 @@
+"""What a run starts from: a Hugging Face directory or a Megatron checkpoint, told apart and read without a GPU."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from solar_mega.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    path: Path
+    """Hugging Face directory, or one complete Megatron checkpoint (`checkpoints/step-00000120`)."""
+
+    kind: Literal["hf", "megatron"]
+    config: dict[str, Any]
+    """config.json of the stored model, at the stored depth."""
+
+    side_files: Path
+    """Directory with the tokenizer and generation config that belong to the weights."""
+
+    precision: Literal["fp32", "bf16"]
+    """Of the stored weights; exports keep it unless told otherwise."""
+
+
+def open_source(path: Path, key: str = "model.path") -> Source:
+    """Raises UserError when `path` is neither, naming `key` and what was looked for."""
+    from solar_mega.artifact.hf import HFDirectory
+
+    if not path.is_dir():
+        raise UserError(f"{key} = {str(path)!r} is not a directory; give a Hugging Face directory or a checkpoint")
+    if (path / "config.json").is_file():
+        config = HFDirectory(path).config
+        stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+        return Source(path, "hf", config, path, "fp32" if stored == "float32" else "bf16")
+    checkpoint = _checkpoint_in(path)
+    if checkpoint is None:
+        raise UserError(
+            f"{key} = {str(path)!r} holds neither config.json (Hugging Face) nor a complete Megatron checkpoint "
+            "(metadata.json, or checkpoints/latest)"
+        )
+    from solar_mega.checkpoint.megatron import read_run_state
+
+    state = read_run_state(checkpoint)
+    stored = str(state.hf_config.get("dtype") or state.hf_config.get("torch_dtype") or "float32")
+    precision = "fp32" if stored.removeprefix("torch.") == "float32" else "bf16"
+    return Source(checkpoint, "megatron", dict(state.hf_config), Path(state.source), precision)
+
+
+def _checkpoint_in(path: Path) -> Path | None:
+    from solar_mega.checkpoint.store import CheckpointStore
+
+    if (path / "metadata.json").is_file():
+        return path
+    for root in (path, path / "checkpoints"):
+        if root.is_dir():
+            latest = CheckpointStore(root, keep=2).latest()
+            if latest is not None:
+                return latest
+    return None

@@ -1,0 +1,40 @@
+"""Asked to stop? USR1 and TERM set a flag; the training loop looks at it between steps, on all ranks together."""
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from solar_mega.runtime.parallel import control_group
+
+REQUEUE_EXIT_CODE = 75
+"""sysexits' EX_TEMPFAIL: saved and willing to go on. Batch systems requeue on it."""
+
+
+class StopRequest:
+    """with StopRequest() as stop: ... if stop.on_any_rank(): save and leave"""
+
+    SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in self.SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    def on_any_rank(self) -> bool:
+        """Collective: signals reach ranks at different moments, and all must leave at the same step."""
+        flag = torch.tensor([self.received is not None], dtype=torch.uint8)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=control_group())
+        return bool(flag.item())

@@ -1,0 +1,183 @@
+"""The training loop every stage shares: step, report, validate, save, stop when asked.
+
+The stage brings a Trainer (model, optimizer, loss) and data indexed by consumed samples; step k consumes samples
+[k * global_batch_size, (k + 1) * global_batch_size), so a resumed run under another layout sees the same data.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from solar_mega.config.schema import CheckpointConfig, TrainConfig
+from solar_mega.errors import UserError
+from solar_mega.runtime.console import human_bytes, human_count, human_seconds, say
+from solar_mega.runtime.metrics import MetricsWriter
+from solar_mega.runtime.signals import StopRequest
+from solar_mega.train.step import Batch, StepResult, Trainer
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where the loop gets its micro-batches."""
+
+    train: Iterator[Batch]
+    """From the first sample not yet consumed, micro-batch by micro-batch of this data-parallel rank."""
+
+    validation: Callable[[], Iterator[Batch]] | None
+    """A fresh pass over the fixed validation samples; None turns validation off."""
+
+    train_micro_batches: int
+    validation_micro_batches: int
+
+    wait_seconds: Callable[[], float]
+    """Total time the loop has waited for training data."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step costs, for the console and metrics."""
+
+    tokens_per_step: int
+    flops_per_token: float
+    world: int
+    peak_flops: float | None
+    """Of one GPU in the run's precision, FLOP/s; None where it is not known."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    step: int
+    stopped_by: str | None
+    """Signal that ended the run early, or None when it finished."""
+
+
+def train(
+    trainer: Trainer,
+    feed: Feed,
+    work: Work,
+    config: TrainConfig,
+    checkpoint: CheckpointConfig,
+    metrics: MetricsWriter | None,
+    save: Callable[[int], None],
+    first_step: int = 0,
+) -> Outcome:
+    """Run steps `first_step` .. `config.steps`. Collective.
+
+    Args:
+        save: saves the state after that many steps; called every `checkpoint.interval`, at the end, and on a signal.
+        metrics: rank 0's writer, None elsewhere.
+
+    Raises:
+        UserError: loss or gradient not finite. The update was not made and the last checkpoint stands.
+    """
+    report = _Report(work, config, metrics, first_step)
+    last_saved = first_step
+    with StopRequest() as stop:
+        if first_step == 0:
+            report.validation(0, _validate(trainer, feed))
+        for step in range(first_step + 1, config.steps + 1):
+            result = trainer.step(feed.train, feed.train_micro_batches)
+            if not result.updated:
+                _refuse(step, result, config)
+            report.step(step, result, feed.wait_seconds())
+            if config.eval_interval and step % config.eval_interval == 0 and step < config.steps:
+                report.validation(step, _validate(trainer, feed))
+            asked = stop.on_any_rank()
+            due = checkpoint.interval and step % checkpoint.interval == 0
+            if asked or due or step == config.steps:
+                save(step)
+                last_saved = step
+            if asked and step < config.steps:
+                say(f"{stop.received or 'a signal on another rank'}: saved at step {step}, leaving")
+                return Outcome(step, stop.received or "signal")
+        if last_saved < config.steps:
+            save(config.steps)
+        report.validation(config.steps, _validate(trainer, feed))
+    return Outcome(config.steps, None)
+
+
+def _validate(trainer: Trainer, feed: Feed) -> float | None:
+    if feed.validation is None:
+        return None
+    return trainer.evaluate(feed.validation(), feed.validation_micro_batches)
+
+
+def _refuse(step: int, result: StepResult, config: TrainConfig) -> None:
+    first = (step - 1) * config.global_batch_size
+    raise UserError(
+        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so the weights were not "
+        f"updated. The batch was samples {first} to {first + config.global_batch_size - 1} of the training data. "
+        "Lower optimizer.lr, lengthen schedule.warmup_steps, or look at those samples; the last checkpoint is intact"
+    )
+
+
+class _Report:
+    """Console line and metrics.jsonl."""
+
+    def __init__(self, work: Work, config: TrainConfig, metrics: MetricsWriter | None, first_step: int) -> None:
+        self.work, self.config, self.metrics = work, config, metrics
+        self.started = self.line_time = time.perf_counter()
+        self.first_step = self.line_step = first_step
+        self.line_wait = self.last_wait = 0.0
+        self.last_time = self.started
+        self.training_seconds = 0.0
+
+    def step(self, step: int, result: StepResult, wait: float) -> None:
+        now = time.perf_counter()
+        seconds, self.last_time = now - self.last_time, now
+        self.training_seconds += seconds
+        tokens = self.work.tokens_per_step
+        if self.metrics is not None:
+            row = {
+                "step": step,
+                "tokens": step * tokens,
+                "flops": step * tokens * self.work.flops_per_token,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": result.lr,
+                "seconds": round(seconds, 6),
+                "tokens_per_second": round(tokens / seconds, 3),
+                "data_wait_seconds": round(wait - self.last_wait, 6),
+            }
+            self.metrics.write(row)
+        self.last_wait = wait
+        if step % self.config.log_interval == 0 or step == self.config.steps or step == self.first_step + 1:
+            self._line(step, result, wait, now)
+
+    def validation(self, step: int, loss: float | None) -> None:
+        now = time.perf_counter()
+        paused, self.last_time = now - self.last_time, now
+        self.line_time += paused  # validation is not training time
+        if loss is None:
+            return
+        say(f"step {step:>6}  validation loss {loss:.4f}   ({human_seconds(paused)})")
+        if self.metrics is not None:
+            tokens = step * self.work.tokens_per_step
+            flops = tokens * self.work.flops_per_token
+            self.metrics.write({"step": step, "tokens": tokens, "flops": flops, "val_loss": loss})
+
+    def _line(self, step: int, result: StepResult, wait: float, now: float) -> None:
+        seconds = max(now - self.line_time, 1e-9)
+        rate = (step - self.line_step) * self.work.tokens_per_step / seconds
+        waited = (wait - self.line_wait) / seconds
+        per_step = self.training_seconds / (step - self.first_step)
+        per_rank = rate * self.work.flops_per_token / self.work.world
+        mfu = "n/a" if self.work.peak_flops is None else f"{per_rank / self.work.peak_flops:.1%}"
+        say(
+            f"step {step:>6}/{self.config.steps} {step / self.config.steps:>4.0%}  loss {result.loss:.4f}  "
+            f"gnorm {result.grad_norm:.3f}  lr {result.lr:.2e}  {human_count(rate)} tok/s "
+            f"({human_count(rate / self.work.world)}/rank)  {per_rank / 1e12:.3g} TFLOP/s  MFU {mfu}  "
+            f"mem {human_bytes(_memory())}  wait {waited:.1%}  ETA {human_seconds(per_step * (self.config.steps - step))}"
+        )
+        self.line_time, self.line_step, self.line_wait = now, step, wait
+
+
+def _memory() -> int:
+    """Bytes: peak of the GPU's allocator, or this process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import psutil
+
+    return psutil.Process().memory_info().rss

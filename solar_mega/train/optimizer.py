@@ -1,0 +1,93 @@
+"""Model chunks -> Megatron's DDP, its (distributed) optimizer, and the learning-rate schedule."""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from solar_mega.config.schema import OptimizerConfig, ParallelConfig, Precision, ScheduleConfig
+
+
+def wrap(chunks: Sequence[GPTModel], parallel: ParallelConfig) -> list[DistributedDataParallel]:
+    """Each chunk under Megatron's DDP: contiguous fp32 gradient buffers, reduced once per global batch.
+
+    The chunks must hold their final weights: the optimizer copies its master weights from them.
+    """
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+    )
+    return [
+        # One bucket for all but the first chunk: later chunks' gradients are ready together (interleaved schedule).
+        DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(
+    wrapped: Sequence[DistributedDataParallel],
+    config: OptimizerConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+) -> MegatronOptimizer:
+    """AdamW with decoupled weight decay, none on norms and biases; fp32 master weights under bf16."""
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=precision == "bf16",
+            params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+        ),
+        list(wrapped),
+    )
+    _use_fused_adam(optimizer)
+    for chunk in wrapped:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
+    """One kernel for the whole update instead of a dozen passes over memory.
+
+    Without Transformer Engine and apex, Megatron builds torch's AdamW and leaves its slowest path on.
+    """
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        torch_optimizer = inner.optimizer
+        if isinstance(torch_optimizer, torch.optim.AdamW):
+            for group in torch_optimizer.param_groups:
+                group["fused"], group["foreach"] = True, False
+
+
+def build_schedule(
+    optimizer: MegatronOptimizer, config: ScheduleConfig, optimizer_config: OptimizerConfig, steps: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up, then cosine, WSD or constant; counted in optimizer steps."""
+    wsd = config.kind == "wsd"
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optimizer_config.lr,
+        min_lr=optimizer_config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=steps if wsd else (config.decay_steps or steps),
+        lr_decay_style={"cosine": "cosine", "wsd": "WSD", "constant": "constant"}[config.kind],
+        start_wd=optimizer_config.weight_decay,
+        end_wd=optimizer_config.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=(config.decay_steps or max(1, steps // 10)) if wsd else None,
+        lr_wsd_decay_style=config.wsd_decay if wsd else None,
+    )
