@@ -3,8 +3,8 @@
     pip install -e . --no-build-isolation      against the torch that is installed
     python setup.py build_ext --inplace        the same, rebuilding only what changed
 
-What is compiled is decided here and printed (`pip -v`); `python -c "import solar_mega.ops as o; print(o.build_info())"`
-repeats it afterwards.
+What is compiled is decided here and printed (`pip -v` shows it); afterwards
+`python -c "import solar_mega.ops; print(solar_mega.ops.build_info())"` tells.
 
     C++ compiler   CUDA compiler and a CUDA build of torch   result
     no             -                                         no extension: the PyTorch reference ops are used
@@ -89,7 +89,7 @@ def with_cuda() -> tuple[bool, str]:
 
 def cpu_flags() -> list[str]:
     # Portable code: wider vector units are chosen at run time (csrc/cpu/dispatch.h), so no -march here.
-    # OpenMP's `simd` pragmas vectorise reductions without giving up IEEE semantics elsewhere, as -ffast-math would.
+    # OpenMP's `simd` pragmas vectorise reductions and, unlike -ffast-math, keep IEEE semantics elsewhere.
     return ["-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
 
 
@@ -129,12 +129,13 @@ def build_arguments() -> dict:
         from torch.utils.cpp_extension import BuildExtension
     except ImportError:
         raise SystemExit(
-            "solar_mega is compiled against the torch that is installed, and none is importable here. Install "
-            "torch >= 2.10 first, then run `pip install --no-build-isolation .` (launch/env.sh does both)."
+            "solar_mega is compiled against the torch that is installed, and none is importable here. "
+            "Install torch >= 2.10 first, then run `pip install --no-build-isolation .` "
+            "(launch/env.sh does both)."
         ) from None
     if find_cxx() is None:
         wanted = os.environ.get("CXX", "c++ or g++")
-        say(f"no C++ compiler ({wanted}): installing WITHOUT the compiled ops; the PyTorch reference ops will be used.")
+        say(f"no C++ compiler ({wanted}): installing WITHOUT the compiled ops; PyTorch reference ops it is.")
         return {}
     return {
         "ext_modules": [extension()],

@@ -18,7 +18,7 @@ struct NormShape {
 inline void check_norm_weight(const char* op, const Tensor& x, const Tensor& weight) {
   check_device(op, "weight", weight, x);
   check_dtype(op, "weight", weight, x.scalar_type(), ", as x");
-  STD_TORCH_CHECK(
+  SOLAR_MEGA_CHECK(
       weight.dim() == 1 && weight.size(0) == x.size(-1) && weight.is_contiguous(), op, ": weight has shape ",
       to_text(weight.sizes()), " and strides ", to_text(weight.strides()), "; it must be contiguous of shape [",
       x.size(-1), "], the last dimension of x");
@@ -26,7 +26,7 @@ inline void check_norm_weight(const char* op, const Tensor& x, const Tensor& wei
 
 inline void check_norm_input(const char* op, const Tensor& x) {
   check_float_dtype(op, "x", x);
-  STD_TORCH_CHECK(
+  SOLAR_MEGA_CHECK(
       x.dim() >= 1 && x.size(-1) >= 1, op, ": x has shape ", to_text(x.sizes()),
       "; allowed: [..., hidden] with hidden >= 1");
 }
@@ -35,7 +35,7 @@ inline NormShape check_norm_forward(
     const char* op, const Tensor& x, const Tensor* residual, const Tensor& weight, double eps) {
   check_norm_input(op, x);
   check_norm_weight(op, x, weight);
-  STD_TORCH_CHECK(eps >= 0 && eps < 1e30, op, ": eps is ", eps, "; allowed: a finite number >= 0");
+  SOLAR_MEGA_CHECK(eps >= 0 && eps < 1e30, op, ": eps is ", eps, "; allowed: a finite number >= 0");
   NormShape shape{x.size(-1), rows_of(op, "x", x), {}, {}};
   if (residual != nullptr) {
     check_like(op, "residual", *residual, x);
@@ -54,7 +54,7 @@ inline NormShape check_norm_backward(
   check_device(op, "rstd", rstd, x);
   check_dtype(op, "rstd", rstd, ScalarType::Float, ", as the forward returned it");
   NormShape shape{x.size(-1), rows_of(op, "x", x), rows_of(op, "dy", dy), {}};
-  STD_TORCH_CHECK(
+  SOLAR_MEGA_CHECK(
       rstd.numel() * shape.width == x.numel() && rstd.is_contiguous(), op, ": rstd has shape ", to_text(rstd.sizes()),
       " and strides ", to_text(rstd.strides()), "; it must be contiguous with one value per row of x, which is ",
       to_text(x.sizes()));

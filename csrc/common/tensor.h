@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,20 @@ namespace solar_mega {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Like STD_TORCH_CHECK without the source position in front: these messages are for the caller. A macro, so that
+// texts are only made when they are needed.
+#define SOLAR_MEGA_CHECK(ok, ...)                      \
+  do {                                                 \
+    if (!(ok)) ::solar_mega::refuse(__VA_ARGS__);      \
+  } while (0)
+
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
 
 inline std::string to_text(torch::headeronly::IntHeaderOnlyArrayRef values) {
   std::ostringstream out;
@@ -43,20 +58,20 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
 
 inline void check_float_dtype(const char* op, const char* name, const Tensor& t) {
   const auto dtype = t.scalar_type();
-  STD_TORCH_CHECK(
+  SOLAR_MEGA_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
       op, ": ", name, " has dtype ", torch::headeronly::toString(dtype), "; allowed: Float, BFloat16, Half");
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType wanted, const char* because) {
-  STD_TORCH_CHECK(
+  SOLAR_MEGA_CHECK(
       t.scalar_type() == wanted,
       op, ": ", name, " has dtype ", torch::headeronly::toString(t.scalar_type()), "; it must be ",
       torch::headeronly::toString(wanted), because);
 }
 
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& reference) {
-  STD_TORCH_CHECK(
+  SOLAR_MEGA_CHECK(
       t.is_cpu() == reference.is_cpu() && t.get_device_index() == reference.get_device_index(),
       op, ": ", name, " is on ", device_text(t), "; it must be on ", device_text(reference), ", where x is");
 }
@@ -64,7 +79,7 @@ inline void check_device(const char* op, const char* name, const Tensor& t, cons
 inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x) {
   check_device(op, name, t, x);
   check_dtype(op, name, t, x.scalar_type(), ", as x");
-  STD_TORCH_CHECK(
+  SOLAR_MEGA_CHECK(
       same_sizes(t, x), op, ": ", name, " has shape ", to_text(t.sizes()), "; it must be ", to_text(x.sizes()),
       ", the shape of x");
 }
@@ -87,7 +102,7 @@ inline Rows rows_of(const char* op, const char* name, const Tensor& t) {
       foldable = false;
     }
   }
-  STD_TORCH_CHECK(
+  SOLAR_MEGA_CHECK(
       foldable || t.numel() == 0, op, ": ", name, " of shape ", to_text(sizes), " has strides ", to_text(strides),
       "; allowed: last stride 1 and leading dimensions that fold into at most two strides. Call .contiguous() on it");
   return {counts[0] * counts[1], counts[0], steps[0], steps[1]};

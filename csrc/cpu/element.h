@@ -1,4 +1,4 @@
-// Storage types of the CPU kernels. Conversions are plain integer and float arithmetic, so that loops over them vectorise.
+// Storage types of the CPU kernels. Conversions are plain arithmetic, so that loops over them vectorise.
 
 #pragma once
 

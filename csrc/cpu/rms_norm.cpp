@@ -73,7 +73,8 @@ SOLAR_MEGA_INLINE void backward_row_body(
 }
 
 template <typename T>
-SOLAR_MEGA_INLINE void sum_chunks_body(float* partial, int64_t chunks, int64_t width, int64_t from, int64_t to, T* out) {
+SOLAR_MEGA_INLINE void sum_chunks_body(
+    float* partial, int64_t chunks, int64_t width, int64_t from, int64_t to, T* out) {
   for (int64_t c = 1; c < chunks; ++c) {
     const float* row = partial + c * width;
 #pragma omp simd

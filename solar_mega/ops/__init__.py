@@ -1,0 +1,14 @@
+"""The Python face of `csrc/`. Each file reads in one direction: formula, reference, op, autograd, public."""
+
+from solar_mega.ops.library import available, build_info, report
+from solar_mega.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_reference",
+    "available",
+    "build_info",
+    "report",
+    "rms_norm",
+    "rms_norm_reference",
+]
