@@ -1,0 +1,106 @@
+"""Optimizer states in Megatron checkpoints, around three faults of megatron-core 0.16 without TE or apex.
+
+It then uses torch's AdamW, which counts its steps in a tensor per parameter, while Megatron stores one number:
+
+1. An optimizer that has not stepped has no states, and Megatron asserts that it has: give it zeros at step 0.
+   (Megatron's own remedy, a step on zero gradients, decays the weights.)
+2. Loading copies each state by name and looks for `step` among the loaded tensors, where it never is: KeyError.
+3. Loading hands one and the same step tensor to every parameter. AdamW then adds 1 to it once per parameter, and the
+   bias correction of a resumed run is wrong: each gets its own copy.
+
+Besides, Megatron loads the learning rate, betas and decay of the old run over those of the new configuration. Here
+the configuration wins.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def optimizer_state_dict(
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], metadata: dict[str, Any], loading: bool
+) -> dict[str, Any]:
+    """`optimizer.sharded_state_dict`, whether or not the optimizer has stepped."""
+    for inner in _inner(optimizer):
+        _give_states(inner)
+    return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict`, moments, master weights and step count exact, hyperparameters kept."""
+    optimizers = list(_inner(optimizer))
+    kept = [[_hyperparameters(group) for group in inner.optimizer.param_groups] for inner in optimizers]
+    for inner in optimizers:
+        if isinstance(inner, DistributedOptimizer):
+            inner._set_main_param_and_optimizer_states = _Setter(inner)
+    try:
+        optimizer.load_state_dict(loaded)
+    finally:
+        for inner in optimizers:
+            inner.__dict__.pop("_set_main_param_and_optimizer_states", None)
+    for inner, groups in zip(optimizers, kept, strict=True):
+        for group, hyperparameters in zip(inner.optimizer.param_groups, groups, strict=True):
+            parameters = group["params"]
+            group.clear()
+            group.update(params=parameters, **hyperparameters)
+        for state in inner.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
+def optimizer_kind(keys: Iterable[str]) -> str | None:
+    """Which optimizer wrote a checkpoint with these tensor names: "distributed", "float16", "fp32" or None."""
+    states = {key.split(".")[2] for key in keys if key.startswith("optimizer.state.")}
+    if not states:
+        return None
+    return "distributed" if "param" in states else "float16" if "fp32_param" in states else "fp32"
+
+
+def kind_of(optimizer: MegatronOptimizer) -> str:
+    """The same word for an optimizer at hand."""
+    names = {"DistributedOptimizer": "distributed", "FP32Optimizer": "fp32"}
+    return names.get(type(next(_inner(optimizer))).__name__, "float16")
+
+
+class _Setter:
+    """DistributedOptimizer._set_main_param_and_optimizer_states with the step that it forgets."""
+
+    def __init__(self, optimizer: DistributedOptimizer) -> None:
+        self.optimizer = optimizer
+
+    def __call__(self, model_parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.optimizer.model_param_group_index_map[model_parameter]
+        main = self.optimizer.optimizer.param_groups[group]["params"][order]
+        state = self.optimizer.optimizer.state[main]
+        if "step" in state:
+            tensors = {"step": state["step"], **tensors}
+        type(self.optimizer)._set_main_param_and_optimizer_states(self.optimizer, model_parameter, tensors)
+
+
+def _inner(optimizer: MegatronOptimizer) -> Iterable[MegatronOptimizer]:
+    return iter(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _give_states(optimizer: MegatronOptimizer) -> None:
+    inner = optimizer.optimizer
+    if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+        if optimizer.init_state_fn is not None:
+            optimizer.init_state_fn(inner, optimizer.config)
+        return
+    for group in inner.param_groups:
+        on_device = group.get("fused") or group.get("capturable")
+        for parameter in group["params"]:
+            if inner.state[parameter]:
+                continue
+            inner.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else None),
+                "exp_avg": torch.zeros_like(parameter.data),
+                "exp_avg_sq": torch.zeros_like(parameter.data),
+            }
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
