@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -77,6 +77,10 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
+        # With two stages a rank's next and previous neighbour are the same process, and batched sends of the
+        # interleaved schedule pair up activations with gradients. Unbatched ones use a group per direction.
+        overlap_p2p_comm=parallel.vpp > 1,
+        batch_p2p_comm=parallel.vpp == 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
@@ -118,8 +122,25 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     # Megatron knows one rope scaling with fixed constants; the frequencies of the config replace its own.
+    _mark_tensor_parallel_weights(chunk)
     frequencies = torch.tensor(arch.rope.inverse_frequencies(arch.head_dim), dtype=torch.float32)
     chunk.rotary_pos_emb.inv_freq = frequencies.to(torch.cuda.current_device())
     if not torch.cuda.is_available():
         return chunk
     return chunk.cuda()
+
+
+def _mark_tensor_parallel_weights(chunk: GPTModel) -> None:
+    """Megatron marks split weights while it initialises them, which is skipped here. Without the marks they would
+    count once instead of once per rank in the gradient norm."""
+    split_axis = {
+        tensor_parallel.ColumnParallelLinear: 0,
+        tensor_parallel.RowParallelLinear: 1,
+        tensor_parallel.VocabParallelEmbedding: 0,
+    }
+    for module in chunk.modules():
+        axis = split_axis.get(type(module))
+        if axis is not None and getattr(module, "weight", None) is not None:
+            weight = module.weight
+            if not getattr(weight, "tensor_model_parallel", False):
+                tensor_parallel.set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=axis, stride=1)
