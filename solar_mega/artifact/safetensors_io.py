@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 5 * 10**9
-_CHUNK = 4 << 20
+CHUNK_BYTES = 4 << 20
 _SHOWN = 20  # problems spelled out in one error
 
 
@@ -135,7 +135,7 @@ class SafetensorsReader:
             self._read_into(info, buffer[i * segment : (i + 1) * segment], first + i * stride)
         return tensor
 
-    def raw(self, name: str, chunk_bytes: int = _CHUNK) -> Iterator[bytes]:
+    def raw(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """The tensor's bytes in chunks, undecoded."""
         info = self.info(name)
         for at in range(0, info.nbytes, chunk_bytes):

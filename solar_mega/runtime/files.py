@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from solar_mega.errors import UserError
+from solar_mega.runtime.console import human_bytes
 
 DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
@@ -46,7 +47,7 @@ def require_space(path: Path, needed: int) -> None:
     free = free_bytes(path)
     if free < needed:
         raise UserError(
-            f"not enough disk space for {path}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
+            f"not enough disk space for {path}: {human_bytes(needed)} needed, {human_bytes(free)} free; "
             "free some or write to another disk"
         )
 
@@ -77,7 +78,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         about = f" ({error.filename})" if error.filename else ""
         raise UserError(
-            f"writing {path} failed: {DISK_ERRORS[error.errno]}{about}; {free_bytes(path) / 1e9:.2f} GB "
+            f"writing {path} failed: {DISK_ERRORS[error.errno]}{about}; {human_bytes(free_bytes(path))} "
             "are free there, and nothing unfinished was left behind"
         ) from error
 

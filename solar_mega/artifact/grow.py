@@ -1,0 +1,181 @@
+"""Hugging Face directory -> deeper Hugging Face directory, by moving bytes.
+
+Growing copies whole tensors, so nothing is decoded: each tensor's bytes go from the source's shard to their
+place in the target's inside the kernel, and memory stays flat however large the model is. Only a change of
+dtype decodes, in chunks.
+"""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from solar_mega.artifact.card import model_card
+from solar_mega.artifact.cast import cast_chunks, cast_dtype
+from solar_mega.artifact.hf import HFDirectory, grown_config, layer_name, split_layer, write_config
+from solar_mega.artifact.lineage import Parent, directory_hash, write_lineage
+from solar_mega.artifact.progress import ProgressFactory, silent
+from solar_mega.artifact.safetensors_format import DTYPES, tensor_bytes
+from solar_mega.artifact.safetensors_io import SHARD_BYTES, ShardedWriter, split_into_shards
+from solar_mega.depth.layer_map import LayerMap
+from solar_mega.errors import UserError
+from solar_mega.runtime.files import atomic_directory, require_empty, require_space
+
+_SPARE = 16 << 20  # bytes of disk beyond the weights: headers, index, tokenizer, directories
+
+
+class Move(NamedTuple):
+    """One tensor of the target and the source tensor it is made of. `dtype` is the target's."""
+
+    name: str
+    source: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """Everything that growing will write, known before anything is written."""
+
+    source: HFDirectory
+    layer_map: LayerMap
+    shard_bytes: int
+    config: dict[str, Any]
+    """config.json of the target."""
+
+    moves: tuple[Move, ...] = field(repr=False)
+    """All tensors in the order they are written: embeddings, layers, head."""
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.source.tensors.infos[move.source].elements for move in self.moves)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(move.nbytes for move in self.moves)
+
+    @property
+    def shards(self) -> int:
+        return len(split_into_shards([(move.name, move.nbytes) for move in self.moves], self.shard_bytes))
+
+
+@dataclass(frozen=True)
+class GrowReport:
+    """What `grow` wrote."""
+
+    path: Path
+    layers: int
+    tensors: int
+    parameters: int
+    nbytes: int
+    shards: int
+    seconds: float
+
+
+def plan_growth(
+    src: HFDirectory, layer_map: LayerMap, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> GrowthPlan:
+    """Checks the source and lays out the target. Writes nothing; a dry run ends here.
+
+    Args:
+        dtype: safetensors dtype for floating weights (`cast.weight_dtype` reads the user's spelling); None
+            keeps each tensor's own.
+
+    Raises:
+        UserError: the source is damaged or incomplete, the map is for another depth or asks for fresh layers
+            (there are no bytes to move for them), or the config cannot follow it.
+    """
+    config = grown_config(src.config, layer_map)
+    src.check_weights()
+    if layer_map.fresh:
+        raise UserError(
+            f"layer map {layer_map.spelling[:60]}: target layers {list(layer_map.fresh)[:8]} are fresh, and "
+            "moving bytes cannot initialise weights; start training through this map instead"
+        )
+    if dtype is not None:
+        for key in ("torch_dtype", "dtype"):
+            if key in config or key == "dtype" and "torch_dtype" not in config:
+                config[key] = DTYPES[dtype][1]
+    layers: dict[int, list[str]] = {}
+    outside: list[str] = []
+    for name in src.tensors.infos:
+        layer, _ = split_layer(name)
+        (outside if layer is None else layers.setdefault(layer, [])).append(name)
+    pairs = [(name, name) for name in outside if "embed" in name]
+    for target, source in enumerate(layer_map):
+        pairs += [(layer_name(target, split_layer(name)[1]), name) for name in layers[source]]
+    pairs += [(name, name) for name in outside if "embed" not in name]
+    moves = []
+    for name, source in pairs:
+        info = src.tensors.infos[source]
+        moves.append(Move(name, source, cast_dtype(info.dtype, dtype, source), info.shape))
+    return GrowthPlan(src, layer_map, shard_bytes, config, tuple(moves))
+
+
+def grow(
+    src: HFDirectory,
+    dst: Path,
+    layer_map: LayerMap,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: ProgressFactory = silent,
+) -> GrowReport:
+    """Writes `src` through `layer_map` as the directory `dst`: weights, config, tokenizer and side files,
+    lineage.json and a model card. `dst` appears only when complete; the source is only read.
+
+    Args: as `plan_growth`; `progress` is `runtime.console.Progress` or nothing.
+
+    Raises:
+        UserError: what `plan_growth` finds, `dst` not empty or inside `src`, too little space, a full disk.
+    """
+    started = time.monotonic()
+    dst = Path(dst).absolute()
+    require_empty(dst, "DST")
+    if src.path.resolve() in dst.resolve().parents:
+        raise UserError(f"DST: {dst} lies inside the source {src.path}; name a directory outside it")
+    plan = plan_growth(src, layer_map, dtype, shard_bytes)
+    require_space(dst, plan.nbytes + _SPARE)
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as beside:
+        # The parent's hash reads the same files; beside the copy it costs a core, not a second pass.
+        content_hash = beside.submit(directory_hash, src.path, stop.is_set)
+        try:
+            with atomic_directory(dst) as partial:
+                _move_tensors(plan, partial, progress)
+                src.copy_side_files(partial)
+                write_config(partial, plan.config)
+                name, base = dst.name, src.path.resolve().name
+                card = model_card(name, base, src.architecture, layer_map, plan.parameters)
+                (partial / "README.md").write_text(card, "utf-8")
+                made_by = f"convert --layer-map {layer_map.spelling}" + (f" --dtype {dtype}" if dtype else "")
+                parent = Parent.of(src.path, content_hash.result())
+                write_lineage(partial, made_by, [parent], layer_map)
+        finally:
+            stop.set()
+    seconds = time.monotonic() - started
+    return GrowReport(
+        dst, len(layer_map), len(plan.moves), plan.parameters, plan.nbytes, plan.shards, seconds
+    )
+
+
+def _move_tensors(plan: GrowthPlan, directory: Path, progress: ProgressFactory) -> None:
+    reader = plan.source.tensors
+    with (
+        ShardedWriter(directory, plan.shard_bytes) as writer,
+        progress(plan.nbytes, "bytes", "grow") as line,
+    ):
+        writer.plan([(move.name, move.dtype, move.shape) for move in plan.moves])
+        for move in plan.moves:
+            if reader.infos[move.source].dtype == move.dtype:
+                writer.copy_from(reader, move.source, move.name, line.advance)
+            else:
+                writer.write_chunks(move.name, cast_chunks(reader, move.source, move.dtype))
+                line.advance(move.nbytes)
+    reader.close()
