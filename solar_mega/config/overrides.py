@@ -39,6 +39,7 @@ def read_words(
     a wrong value comes back as MISSING. `others` are names known elsewhere, for "did you mean"."""
     flags = {key: field for key, field in fields.items() if not field.positional}
     slots = [field for field in fields.values() if field.positional]
+    bare: list[str] = []
     known = [field.flag for field in flags.values()] + list(others)
     values: dict[str, Any] = {}
     position = 0
@@ -56,18 +57,27 @@ def read_words(
             while position < len(words) and not equals and not slots and not _FLAG.match(words[position]):
                 position += 1  # its value, most likely: one mistake, one message
             continue
-        elif slots:
-            field, given = slots.pop(0), [word]
         else:
-            problems.add(f"unexpected argument {word!r}; settings are given as --section.key value")
+            bare.append(word)
             continue
-        try:
-            values[field.key] = from_words(field.type, given)
-        except Mismatch as mismatch:
-            shown = " ".join(given) if given else "(nothing)"
-            problems.add(f"{field.flag} {shown}: must be {mismatch}")
-            values[field.key] = MISSING
+        values[field.key] = _convert(field, given, problems)
+    for field in slots:
+        if bare:
+            count = len(bare) if get_origin(field.type) is tuple else 1
+            values[field.key] = _convert(field, bare[:count], problems)
+            del bare[:count]
+    for word in bare:
+        problems.add(f"unexpected argument {word!r}; settings are given as --name value")
     return values
+
+
+def _convert(field: Field, words: Sequence[str], problems: Problems) -> Any:
+    try:
+        return from_words(field.type, words)
+    except Mismatch as mismatch:
+        shown = " ".join(words) if words else "(nothing)"
+        problems.add(f"{field.flag} {shown}: must be {mismatch}")
+        return MISSING
 
 
 def _nearest_flag(name: str, known: Sequence[str]) -> str:
