@@ -35,8 +35,13 @@ def run_ranks(worker, ranks: int, *args, timeout: float = 300, env: dict | None 
         if not check:
             return done
         if done.returncode:
-            raise RankFailure((done.stdout + done.stderr)[-6000:])
+            raise RankFailure(_of_the_ranks(done.stdout + done.stderr)[-6000:])
         return [pickle.loads(Path(folder, f"rank{r}.pkl").read_bytes()) for r in range(ranks)]
+
+
+def _of_the_ranks(output: str) -> str:
+    """The output up to torchrun's own traceback, which only says that a rank failed."""
+    return output.split("torch/distributed/elastic/multiprocessing/api.py")[0].rsplit("\n", 1)[0] or output
 
 
 def _main() -> None:

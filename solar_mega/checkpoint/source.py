@@ -39,7 +39,7 @@ def open_source(path: Path, key: str = "model.path") -> Source:
             f"{key} = {str(path)!r} holds neither config.json (Hugging Face) nor a complete Megatron checkpoint "
             "(metadata.json, or checkpoints/latest)"
         )
-    from solar_mega.checkpoint.megatron import read_run_state
+    from solar_mega.checkpoint.run_state import read_run_state
 
     state = read_run_state(checkpoint)
     stored = str(state.hf_config.get("dtype") or state.hf_config.get("torch_dtype") or "float32")

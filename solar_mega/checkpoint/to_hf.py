@@ -4,28 +4,80 @@ Rank 0 plans the files from the architecture alone, then receives each parameter
 stage that owns it, unpacks them and streams the tensors to disk. Memory: one parameter on rank 0, nothing elsewhere.
 """
 
-from collections.abc import Sequence
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from solar_mega.artifact.hf import HFDirectory, write_config
+from solar_mega.artifact.lineage import LINEAGE, Parent, write_lineage
+from solar_mega.artifact.safetensors_format import dtype_name, tensor_bytes
 from solar_mega.artifact.safetensors_io import ShardedWriter
 from solar_mega.checkpoint.names import EMBEDDING, LAYER_PREFIX, Rule, hf_names, hf_shapes, model_rules
 from solar_mega.config.schema import ParallelConfig
+from solar_mega.config.units import parse_bytes
+from solar_mega.depth.layer_map import LayerMap
 from solar_mega.model.architecture import Architecture
 from solar_mega.model.layout import layers_of_chunk
 from solar_mega.runtime import parallel as ranks
+from solar_mega.runtime.files import atomic_directory, require_empty, require_space
 
-SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_SPARE = 16 << 20  # bytes beyond the weights: headers, index, tokenizer, config
+
+
+def export_hf(
+    chunks: Sequence[nn.Module],
+    arch: Architecture,
+    parallel: ParallelConfig,
+    destination: Path,
+    side_files: Path,
+    dtype: torch.dtype,
+    shard_size: str | int,
+    lineage: dict[str, Any],
+) -> None:
+    """Write the model as a Hugging Face directory that transformers loads. Collective over all ranks.
+
+    `destination` appears only when complete. It may be absent, empty, or an earlier export (it has a lineage.json),
+    which is replaced.
+
+    Args:
+        chunks: the model's chunks of this rank, plain or under DDP.
+        arch: architecture at the model's depth; its `hf_config` becomes config.json.
+        side_files: directory whose tokenizer, generation settings and licence travel along.
+        dtype: dtype on disk; each value is cast once, to nearest.
+        shard_size: largest file, such as "5GB" (transformers' `max_shard_size`) or a number of bytes.
+        lineage: `stage`, `parent` (path), `layer_map` (JSON or None), and anything else that fits in JSON.
+
+    Raises:
+        UserError: destination not empty, too little space, disk full.
+    """
+    shard_bytes = parse_bytes(str(shard_size), "output.shard_size")
+    with contextlib.ExitStack() as stack:
+        place, error = None, None
+        if ranks.is_main():
+            try:
+                sizes = [tensor_bytes(dtype_name(dtype), shape) for shape in hf_shapes(arch).values()]
+                require_space(destination, sum(sizes) + _SPARE)
+                place = stack.enter_context(_replacing(Path(destination)))
+            except Exception as raised:
+                error = raised
+        ranks.agree(error)
+        write_tensors(chunks, arch, parallel, place, dtype, shard_bytes)
+        if place is not None:
+            _write_surroundings(place, arch, side_files, dtype, lineage)
+    dist.barrier(group=ranks.control_group())
 
 
 def write_tensors(
     chunks: Sequence[nn.Module],
     arch: Architecture,
     parallel: ParallelConfig,
-    directory: Path,
+    directory: Path | None,
     dtype: torch.dtype,
     shard_bytes: int,
 ) -> None:
@@ -35,23 +87,79 @@ def write_tensors(
         dtype: dtype on disk; each value is cast once.
         shard_bytes: largest file.
     """
-    writer = None
-    if ranks.is_main():
-        shapes = hf_shapes(arch)
-        writer = ShardedWriter(directory, shard_bytes)
-        writer.plan([(name, SAFETENSORS_DTYPE[dtype], shape) for name, shape in shapes.items()])
-    for rule, layer in model_rules(arch):
-        shards = _gather(chunks, arch, parallel, rule, layer)
-        if writer is not None:
-            tensors = rule.packing.unpack(shards, arch)
-            for name, tensor in zip(hf_names(rule, layer), tensors, strict=True):
-                writer.write(name, tensor.to(dtype).contiguous())
-    if writer is not None:
-        writer.close()
+    ranks.control_group()  # made by all ranks together, before some of them send
+    parameters = [dict(_unwrapped(chunk).named_parameters()) for chunk in chunks]
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if ranks.is_main():
+            writer = stack.enter_context(ShardedWriter(directory, shard_bytes))
+            writer.plan([(name, dtype_name(dtype), shape) for name, shape in hf_shapes(arch).items()])
+        for rule, layer in model_rules(arch):
+            shards = _gather(parameters, arch, parallel, rule, layer)
+            if writer is not None:
+                tensors = rule.packing.unpack(shards, arch)
+                for name, tensor in zip(hf_names(rule, layer), tensors, strict=True):
+                    writer.write(name, tensor.to(dtype))
+
+
+def _write_surroundings(
+    place: Path, arch: Architecture, side_files: Path, dtype: torch.dtype, lineage: dict[str, Any]
+) -> None:
+    config = {key: value for key, value in arch.hf_config.items() if key != "torch_dtype"}
+    write_config(place, {**config, "dtype": str(dtype).removeprefix("torch.")})
+    if (Path(side_files) / "config.json").exists():
+        HFDirectory(side_files).copy_side_files(place)
+    about = dict(lineage)
+    stage, parent, layer_map = about.pop("stage", "export"), about.pop("parent", None), about.pop("layer_map", None)
+    write_lineage(
+        place,
+        stage,
+        [_parent(Path(parent))] if parent else [],
+        None if layer_map is None else LayerMap.from_json(layer_map),
+        about,
+    )
+
+
+def _parent(path: Path) -> Parent:
+    """A Megatron checkpoint is known by its run_state.json, which lists its files: hashing its optimizer states
+    would read many times the model."""
+    if not path.is_dir():
+        return Parent(str(path), "unknown: the directory is gone")
+    state = path / "run_state.json"
+    if not state.exists():
+        return Parent.of(path)
+    import hashlib
+
+    return Parent(str(path.absolute()), f"run_state:sha256:{hashlib.sha256(state.read_bytes()).hexdigest()}")
+
+
+@contextlib.contextmanager
+def _replacing(destination: Path) -> Iterator[Path]:
+    """`atomic_directory`, which also takes the place of an earlier export."""
+    if not (destination / LINEAGE).exists():
+        require_empty(destination, "the export's destination")
+        with atomic_directory(destination) as place:
+            yield place
+        return
+    fresh = destination.with_name(f".{destination.name}.new")
+    old = destination.with_name(f".{destination.name}.old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with atomic_directory(fresh) as place:
+        yield place
+    destination.rename(old)
+    fresh.rename(destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _unwrapped(chunk: nn.Module) -> nn.Module:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
 
 
 def _gather(
-    chunks: Sequence[nn.Module], arch: Architecture, parallel: ParallelConfig, rule: Rule, layer: int | None
+    parameters: Sequence[dict[str, Tensor]], arch: Architecture, parallel: ParallelConfig, rule: Rule, layer: int | None
 ) -> list[Tensor]:
     """The parameter's shards in tensor-parallel order on rank 0; empty lists elsewhere."""
     stage, chunk, name = _owner(arch, parallel, rule, layer)
@@ -60,7 +168,7 @@ def _gather(
     me = ranks.rank()
     mine = None
     if me in owners:
-        mine = dict(chunks[chunk].named_parameters())[name].detach().cpu().contiguous()
+        mine = parameters[chunk][name].detach().cpu().contiguous()
     if me != 0:
         if mine is not None:
             # Shape and dtype travel with the shard: rank 0 may hold no parameter of this kind to copy them from.
