@@ -57,8 +57,9 @@ def _is_cuda(device) -> bool:
 
 
 class _Stream:
-    """There is one queue on a CPU and it is always in order."""
+    """There is one queue on a CPU and it is always in order. A class, as libraries annotate with it."""
 
+    def __init__(self, *args, **kwargs) -> None: ...
     def wait_stream(self, stream) -> None: ...
     def wait_event(self, event) -> None: ...
     def synchronize(self) -> None: ...
@@ -81,7 +82,7 @@ _CUDA = {
     "set_device": lambda device: None,
     "synchronize": lambda device=None: None,
     "current_stream": lambda device=None: _Stream(),
-    "Stream": lambda *args, **kwargs: _Stream(),
+    "Stream": _Stream,
     "get_rng_state": lambda device=None: torch.get_rng_state(),
     "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
     "manual_seed": torch.manual_seed,

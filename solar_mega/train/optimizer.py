@@ -34,8 +34,12 @@ def build_optimizer(
     config: OptimizerConfig,
     parallel: ParallelConfig,
     precision: Precision,
+    fused: bool = True,
 ) -> MegatronOptimizer:
-    """AdamW with decoupled weight decay, none on norms and biases; fp32 master weights under bf16."""
+    """AdamW with decoupled weight decay, none on norms and biases; fp32 master weights under bf16.
+
+    `fused=False` leaves the implementation to Megatron (the benchmark's stock peer).
+    """
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -52,7 +56,8 @@ def build_optimizer(
         ),
         list(wrapped),
     )
-    _use_fused_adam(optimizer)
+    if fused:
+        _use_fused_adam(optimizer)
     for chunk in wrapped:
         chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.grad_scale_func = optimizer.scale_loss
