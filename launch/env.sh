@@ -24,8 +24,8 @@ if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then
     source "$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/activate" || return 1
     # Megatron overlaps tensor-parallel communication with compute only if kernels start in the order queued.
     export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-    # Tokenizers' own threads would fight with our worker processes. OMP_NUM_THREADS is left alone: train.threads
-    # decides for training.
+    # Tokenizers' own threads would fight with our worker processes. (OMP_NUM_THREADS is left alone: for training,
+    # train.threads decides.)
     export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
     return 0
 fi
@@ -48,8 +48,15 @@ digest() {
     if command -v sha256sum > /dev/null; then sha256sum; else shasum -a 256; fi | cut -c1-16
 }
 
-# quietly WHAT COMMAND...: output goes to the log; a sign of life every 20 seconds; on failure the log's end.
+# quietly WHAT COMMAND...: as attempt; on failure the end of the log, and exit.
 quietly() {
+    attempt "$@" && return
+    tail -n 25 "$log" >&2
+    fail "$1 failed; all of its output is in $log"
+}
+
+# attempt WHAT COMMAND...: output goes to the log; a sign of life every 20 seconds.
+attempt() {
     local what=$1 began=$SECONDS beat=20 child
     shift
     printf '\n== %s: %s\n' "$what" "$*" >> "$log"
@@ -65,10 +72,7 @@ quietly() {
         fi
     done
     trap - INT TERM
-    if ! wait "$child"; then
-        tail -n 25 "$log" >&2
-        fail "$what failed; all of its output is in $log"
-    fi
+    wait "$child"
 }
 
 # Keys of what is wanted now; the stamp holds those of what was done.
@@ -181,7 +185,7 @@ install_dependencies() {
         quietly "installing $pin" pip "$pin"
     fi
     requirements
-    say "[3/4] $(grep -c '^[a-z]' build/requirements.txt) pinned packages"
+    say "[3/4] the other pinned packages"
     quietly "installing launch/constraints.txt" pip -r build/requirements.txt
 }
 
@@ -191,7 +195,15 @@ build_extension() {
         say "      NO C++ COMPILER: the slower PyTorch reference ops will be used. To get the compiled ones, install one"
         say "      (on Debian and Ubuntu: apt-get install g++) and start again."
     fi
-    quietly "building the extension" pip --no-build-isolation --no-deps -e . -v
+    local build=(pip --no-build-isolation --no-deps -e . -v)
+    if [[ -n "${SOLAR_MEGA_CUDA:-}" ]]; then
+        quietly "building the extension" "${build[@]}"
+    elif ! attempt "building the extension" "${build[@]}"; then
+        # A CUDA toolkit that does not quite fit must not keep anybody from the CPU ops.
+        grep -E -m 3 'error: |cannot find' "$log" >&2 || true
+        say "      the build with CUDA ops failed (build/env.log); building CPU ops ONLY. To see it fail: SOLAR_MEGA_CUDA=1"
+        SOLAR_MEGA_CUDA=0 quietly "building the extension without CUDA ops" "${build[@]}"
+    fi
     grep -h '^ *solar_mega build:' "$log" | tail -n 1 | sed 's/^ *solar_mega build:/[env]      /' || true
 }
 

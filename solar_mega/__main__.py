@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 
 from solar_mega import __version__
@@ -88,9 +89,16 @@ def report(error: UserError) -> None:
     time.sleep(1.0)
 
 
+def _quiet_megatron() -> None:
+    """megatron-core warns, on every rank, about each accelerator that is not installed. `python -W` overrules."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"megatron\.")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code: 0 done, 1 a verb's own "no" (verify found a difference),
     2 the user's to mend, 75 stopped by a signal with everything saved, 130 interrupted."""
+    _quiet_megatron()
     try:
         code = run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # so that a closed pipe shows here, not at exit

@@ -80,8 +80,9 @@ def _check_parallel(parallel: ParallelConfig, world_size: int, problems: Problem
         )
     elif world_size % (tp * pp):
         problems.add(
-            f"world size {world_size} is not a multiple of parallel.tp * parallel.pp = {tp} * {pp} = {tp * pp}; "
-            f"start a multiple of {tp * pp} processes (torchrun --nproc-per-node) or change the layout"
+            f"world size {world_size} is not a multiple of parallel.tp * parallel.pp = {tp} * {pp} = "
+            f"{tp * pp}; start a multiple of {tp * pp} processes (torchrun --nproc-per-node) or change the "
+            "layout"
         )
     if parallel.sequence_parallel and tp == 1:
         problems.add("parallel.sequence_parallel = true needs parallel.tp above 1; given 1")
@@ -144,8 +145,8 @@ def _check_schedule(cfg: PretrainConfig, problems: Problems) -> None:
         )
     if schedule.kind == "wsd" and schedule.decay_steps + schedule.warmup_steps > steps:
         problems.add(
-            f"schedule.warmup_steps + schedule.decay_steps = {schedule.warmup_steps} + {schedule.decay_steps} "
-            f"is above train.steps = {steps}"
+            f"schedule.warmup_steps + schedule.decay_steps = {schedule.warmup_steps} + "
+            f"{schedule.decay_steps} is above train.steps = {steps}"
         )
 
 
@@ -156,12 +157,13 @@ def _check_data(cfg: PretrainConfig, problems: Problems) -> None:
     train_share, valid_share = data.split
     if not (0 < train_share <= 1 and 0 <= valid_share < 1 and abs(train_share + valid_share - 1) < 1e-6):
         problems.add(
-            f"data.split = [{train_share}, {valid_share}]: must be two shares that sum to 1, the first above 0"
+            f"data.split = [{train_share}, {valid_share}]: must be two shares that sum to 1, "
+            "the first above 0"
         )
     elif cfg.train.eval_samples and not data.valid and valid_share == 0:
         problems.add(
-            f"train.eval_samples = {cfg.train.eval_samples} but nothing to validate on: data.valid is empty and "
-            "data.split gives it 0; name a corpus, give a share, or set train.eval_samples = 0"
+            f"train.eval_samples = {cfg.train.eval_samples} but nothing to validate on: data.valid is empty "
+            "and data.split gives it 0; name a corpus, give a share, or set train.eval_samples = 0"
         )
 
 
