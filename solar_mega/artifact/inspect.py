@@ -68,5 +68,6 @@ def inspect_hf(path: Path | str) -> dict[str, Any]:
 
 def _lineage(lineage: Lineage) -> dict[str, Any]:
     content = asdict(lineage)
+    content["parents"] = list(content["parents"])
     content["layer_map"] = None if lineage.layer_map is None else lineage.layer_map.to_json()
     return content

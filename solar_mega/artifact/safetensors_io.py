@@ -253,15 +253,16 @@ class ShardedWriter:
 
     def write(self, name: str, tensor: "torch.Tensor") -> None:
         """Writes a tensor of the planned dtype and shape. Raises ValueError when it is another one."""
-        info = self._take(name)
+        info = self._planned(name)
         given = (dtype_name(tensor.dtype), tuple(tensor.shape))
         if given != (info.dtype, info.shape):
             raise ValueError(f"{name} was planned as {info.dtype} {info.shape}, got {given[0]} {given[1]}")
         write_all(self._descriptors[info.file], as_bytes(tensor), info.offset)
+        self._missing.discard(name)
 
     def write_chunks(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Writes a tensor's bytes from chunks. Raises ValueError when they are too few or too many."""
-        info = self._take(name)
+        info = self._planned(name)
         done = 0
         for chunk in chunks:
             if done + len(chunk) > info.nbytes:
@@ -269,6 +270,7 @@ class ShardedWriter:
             done += write_all(self._descriptors[info.file], chunk, info.offset + done)
         if done != info.nbytes:
             raise ValueError(f"{name}: {done} of {info.nbytes} bytes")
+        self._missing.discard(name)
 
     def copy_from(
         self, reader: SafetensorsReader, source: str, name: str, advance: Callable[[int], None] | None = None
@@ -278,7 +280,7 @@ class ShardedWriter:
         `advance` is called with the bytes of each step. Raises ValueError when dtype or shape are not the
         planned ones.
         """
-        info, origin = self._take(name), reader.info(source)
+        info, origin = self._planned(name), reader.info(source)
         if (origin.dtype, origin.shape) != (info.dtype, info.shape):
             raise ValueError(
                 f"{name} was planned as {info.dtype} {info.shape}, {source} is {origin.dtype} {origin.shape}"
@@ -297,13 +299,13 @@ class ShardedWriter:
                 f"{reader.directory / origin.file} was cut while it was read ({source}): {error}"
             ) from error
         reader.bytes_read += info.nbytes
+        self._missing.discard(name)
 
-    def _take(self, name: str) -> TensorInfo:
+    def _planned(self, name: str) -> TensorInfo:
         if name not in self.infos:
             raise ValueError(f"{name} is not in the plan")
         if name not in self._missing:
             raise ValueError(f"{name} was written before")
-        self._missing.discard(name)
         return self.infos[name]
 
     def close(self) -> None:
