@@ -1,0 +1,171 @@
+"""Megatron checkpoints: any layout in, any layout out, through layer maps, optimizer states included."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from solar_mega.depth.layer_map import LayerMap
+from solar_mega.errors import UserError
+from tests.checkpoint import training
+from tests.checkpoint.training import KINDS
+from tests.distributed import run_ranks
+from tests.families import make_family
+from tests.ranks import layout
+
+LAYERS = 4
+STEPS = 2
+SIX, EIGHT = "dus:1", "dus:0"  # on one stage both copies of a source layer lie on the same rank
+
+
+def _save(directory, root):
+    """On TP2 x PP2, every kind of optimizer: train, save, go on; load, go on. Returns both continuations."""
+    from solar_mega.artifact.hf import HFDirectory
+    from solar_mega.checkpoint.megatron import load_checkpoint, save_checkpoint
+    from solar_mega.checkpoint.store import CheckpointStore
+    from solar_mega.model.architecture import Architecture
+    from solar_mega.runtime import random_state
+
+    source = HFDirectory(directory)
+    arch = Architecture.from_hf(source.config)
+    identity = LayerMap.parse("identity", LAYERS)
+    results = {}
+    for kind, (_, distributed) in KINDS.items():
+        with layout(2, 2, distributed_optimizer=distributed) as parallel:
+            run = training.start(arch, parallel, kind, source.tensors, arch, identity)
+            run.steps(0, STEPS)
+            path = save_checkpoint(CheckpointStore(root / kind), run.chunks, run.optimizer, run.state(STEPS))
+            drawn = torch.rand(3)
+            went_on = run.steps(STEPS, 3)
+            again = training.start(arch, parallel, kind)
+            torch.rand(17)
+            state = load_checkpoint(path, again.chunks, again.optimizer)
+            again.trainer.schedule.load_state_dict(state.schedule)
+            same_draws = torch.equal(drawn, torch.rand(3))
+            counts = training.step_counts(again)
+            compared = training.differences(path, again, identity)
+            groups = [{k: v for k, v in g.items() if k != "params"} for g in again.optimizer.param_groups]
+            results[kind] = (went_on, again.steps(STEPS, 3), same_draws, counts, compared, groups)
+            assert random_state.capture().keys() >= {"python", "numpy", "torch", "megatron"}
+            if kind == "fp32-dist":
+                _save_homogeneous(run, root / "homogeneous")
+                save_checkpoint(CheckpointStore(root / "weights"), run.chunks, None, run.state(STEPS))
+    return results
+
+
+def _save_homogeneous(run, path):
+    """As stock Megatron saves by default: the layers of a parameter stacked into one tensor."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+    from solar_mega.runtime import parallel
+
+    if parallel.is_main():
+        path.mkdir()
+    torch.distributed.barrier()
+    content = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": False}
+    metadata = ensure_metadata_has_dp_cp_group(dict(content))
+    model = run.chunks[0].sharded_state_dict(metadata=metadata)
+    optimizer = run.optimizer.sharded_state_dict(model, metadata=metadata)
+    dist_checkpointing.save({"model": model, "optimizer": optimizer}, str(path), content_metadata=content)
+
+
+def _load(root, targets):
+    """(kind, spelling, layout) -> differing tensors, step counters, first losses."""
+    from solar_mega.checkpoint.megatron import load_checkpoint, load_tensors, read_run_state
+    from solar_mega.checkpoint.store import CheckpointStore
+    from solar_mega.model.architecture import Architecture
+
+    base = Architecture.from_hf(read_run_state(CheckpointStore(root / "fp32").latest()).hf_config)
+    results = {}
+    for kind, spelling, (tp, pp, vpp), homogeneous in targets:
+        layer_map = LayerMap.parse(spelling, LAYERS)
+        with layout(tp, pp, vpp, distributed_optimizer=KINDS[kind][1]) as parallel:
+            run = training.start(base.grown(layer_map), parallel, kind)
+            if homogeneous:
+                path = root / "homogeneous"
+                load_tensors(path, run.chunks, run.optimizer, layer_map)
+            else:
+                path = CheckpointStore(root / kind).latest()
+                state = load_checkpoint(path, run.chunks, run.optimizer, None if spelling == "identity" else layer_map)
+                run.trainer.schedule.load_state_dict(state.schedule)
+            compared = training.differences(path, run, layer_map)
+            counts = training.step_counts(run)
+            results[kind, spelling, (tp, pp, vpp), homogeneous] = (compared, counts, run.steps(STEPS, 3))
+    return results
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_family("llama3", tmp_path_factory.mktemp("source"), LAYERS)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def saved(source, root):
+    return run_ranks(_save, 4, source, root)
+
+
+FOUR_RANKS = [
+    *[(kind, "identity", (1, 1, 1), False) for kind in KINDS],  # data parallel 4
+    *[(kind, "identity", (2, 1, 1), False) for kind in KINDS],  # data parallel 2
+    ("fp32-dist", "identity", (1, 2, 2), False),
+    *[(kind, SIX, (1, 1, 1), False) for kind in KINDS],
+    *[(kind, EIGHT, (1, 2, 2), False) for kind in KINDS],
+    ("bf16-dist", SIX, (2, 2, 1), False),
+    ("fp32-dist", "3,2,1,0", (2, 2, 1), False),
+    ("fp32-dist", "identity", (1, 1, 1), True),
+    ("fp32-dist", SIX, (1, 1, 1), True),
+    ("fp32-dist", SIX, (2, 2, 1), True),
+    ("fp32-dist", "0,0,3,3", (2, 2, 1), True),
+]
+THREE_RANKS = [(kind, SIX, (1, 3, 1), False) for kind in KINDS] + [("fp32-dist", SIX, (1, 3, 1), True)]
+
+
+@pytest.fixture(scope="module")
+def loaded(saved, root):
+    results = {}
+    for world, targets in ((4, FOUR_RANKS), (3, THREE_RANKS)):
+        for rank, result in enumerate(run_ranks(_load, world, root, targets)):
+            for key, value in result.items():
+                results.setdefault(key, {})[rank] = value
+    return results
+
+
+def test_resume_on_the_same_layout_is_exact(saved):
+    for result in saved:
+        for kind, (went_on, again, same_draws, (counts, separate), (compared, wrong), groups) in result.items():
+            assert went_on == again, kind
+            assert same_draws, kind
+            assert counts == {float(STEPS)} and separate, kind
+            assert compared > 20 and not wrong, (kind, wrong)
+            assert all(group["fused"] for group in groups)
+
+
+@pytest.mark.parametrize("target", FOUR_RANKS + THREE_RANKS, ids=str)
+def test_other_layouts_and_maps_are_bit_exact(loaded, target):
+    for rank, ((compared, wrong), (counts, separate), _) in loaded[target].items():
+        assert compared > 0 and not wrong, (rank, wrong)
+        assert counts == {float(STEPS)} and separate
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("fp32")])
+def test_training_goes_on_alike_on_other_layouts(saved, loaded, kind):
+    reference = saved[0][kind][0]
+    for (other, spelling, _, homogeneous), by_rank in loaded.items():
+        if other == kind and spelling == "identity" and not homogeneous:
+            for _, _, losses in by_rank.values():
+                for mine, theirs in zip(losses, reference, strict=True):
+                    assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_grown_model_trains_alike_on_every_layout(loaded):
+    one = loaded["fp32", SIX, (1, 1, 1), False][0][2]
+    for key in (("fp32", SIX, (1, 3, 1), False), ("fp32-dist", SIX, (1, 3, 1), False)):
+        for mine, theirs in zip(loaded[key][0][2], one, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5)
