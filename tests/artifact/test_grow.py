@@ -286,7 +286,7 @@ class TestFaults:
         assert os.listdir(dst.parent) == [] and directory_hash(llama) == before
 
     def test_a_disk_that_fills_up(self, llama, tmp_path):
-        """A real small file system in a mount namespace of its own, filled by somebody else after the check."""
+        """A real small file system (its own mount namespace), filled by somebody else after the check."""
         disk = tmp_path / "disk"
         disk.mkdir()
         script = tmp_path / "run.py"
