@@ -20,7 +20,7 @@ namespace solar_mega {
 
 struct Rows {
   int64_t count = 0;
-  int64_t inner = 0;
+  int64_t inner = 1;
   int64_t inner_stride = 0;
   int64_t outer_stride = 0;
 
