@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from solar_mega.config.command_line import parse_options
 from solar_mega.data.documents import cut_into_pieces
 from solar_mega.data.sources import ReadOptions, check_sources, find_sources
-from solar_mega.data.tokenize import TokenizeReport
+from solar_mega.data.tokenize import TokenizeReport, check_request
 from solar_mega.data.tokenize import tokenize as run_tokenize
 from solar_mega.data.tokenizer import load_tokenizer
 from solar_mega.runtime.console import human_bytes, human_count, human_seconds, say
@@ -82,13 +82,15 @@ class TokenizerOptions:
 
 def tokenize(argv: Sequence[str]) -> None:
     options = parse_options(TokenizeOptions, argv, "tokenize")
-    tokenizer = load_tokenizer(options.tokenizer, options.parse_special_tokens)
+    reading = ReadOptions(options.key, options.txt_document)
+    format = None if options.format == "auto" else options.format
+    check_request(options.inputs, options.output, reading, format, options.skip_bad, options.overwrite)
     report = run_tokenize(
         options.inputs,
-        tokenizer,
+        load_tokenizer(options.tokenizer, options.parse_special_tokens),
         options.output,
-        options=ReadOptions(options.key, options.txt_document),
-        format=None if options.format == "auto" else options.format,
+        options=reading,
+        format=format,
         workers=options.workers,
         skip_bad=options.skip_bad,
         overwrite=options.overwrite,

@@ -74,6 +74,8 @@ def find_sources(inputs: Sequence[str], format: Format | None = None) -> list[So
         UserError: everything that is missing, unrecognised or given twice.
     """
     problems, sources = Problems(), []
+    if not inputs:
+        problems.add("no files given; name files, directories or patterns")
     for given in inputs:
         found = _files_of(given, format, problems)
         sources += found

@@ -116,10 +116,7 @@ def tokenize(
         UserError: unusable input or output, a bad record, a corpus without documents, a full disk. Whatever
             happens, a corpus that looks complete is complete.
     """
-    output = _check_output(Path(output), overwrite)
-    sources = find_sources(inputs, format)
-    if not skip_bad:
-        check_sources(sources, options)
+    output, sources = check_request(inputs, output, options, format, skip_bad, overwrite)
     total = sum(source.nbytes for source in sources)
     workers = _worker_count(workers, total)
     piece_bytes = min(_LARGEST_PIECE, max(_SMALLEST_PIECE, total // (workers * _PIECES_PER_WORKER)))
@@ -141,6 +138,23 @@ def tokenize(
         writer.commit(_description(report, tokenizer, dtype, sources))
     report.seconds = time.perf_counter() - begin
     return report
+
+
+def check_request(
+    inputs: Sequence[str],
+    output: Path,
+    options: ReadOptions,
+    format: Format | None,
+    skip_bad: bool,
+    overwrite: bool,
+) -> tuple[Path, list[Source]]:
+    """The corpus to write and the files to read; what can be known to be wrong without a tokenizer is raised
+    here as UserError, before the seconds that loading one may take."""
+    output = _check_output(Path(output), overwrite)
+    sources = find_sources(inputs, format)
+    if not skip_bad:
+        check_sources(sources, options)
+    return output, sources
 
 
 def _check_output(output: Path, overwrite: bool) -> Path:

@@ -217,7 +217,8 @@ def test_a_full_disk_leaves_nothing(tokenizer, sources, write_jsonl, tmp_path):
     path = write_jsonl("a.jsonl", sources[:20])
     code = (
         "import resource, signal, sys; from solar_mega.__main__ import main;"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
         f"sys.exit(main(['tokenize', {str(path)!r}, '--tokenizer', {str(tokenizer.path)!r}, "
         f"'--output', {str(tmp_path / 'c')!r}, '--workers', '1']))"
     )
@@ -290,3 +291,7 @@ def test_the_verbs(tokenizer, sources, write_jsonl, tmp_path, capsys):
     assert "400 tokens" in out and "30 documents" in out and "tokens/s" in out
     with pytest.raises(UserError, match="--tokenizer"):
         tokenize_verb([path, "--output", str(tmp_path / "d")])
+    with pytest.raises(UserError, match="no files given"):
+        tokenize_verb(words[:3] + [str(tmp_path / "d")])
+    with pytest.raises(UserError, match="no such file"):  # before the tokenizer, which may take seconds
+        tokenize_verb(["nowhere.jsonl", "--tokenizer", "nowhere", "--output", str(tmp_path / "d")])
