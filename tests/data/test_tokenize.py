@@ -291,7 +291,7 @@ def test_the_verbs(tokenizer, sources, write_jsonl, tmp_path, capsys):
     assert "400 tokens" in out and "30 documents" in out and "tokens/s" in out
     with pytest.raises(UserError, match="--tokenizer"):
         tokenize_verb([path, "--output", str(tmp_path / "d")])
-    with pytest.raises(UserError, match="no files given"):
+    with pytest.raises(UserError, match="INPUTS"):
         tokenize_verb(words[:3] + [str(tmp_path / "d")])
     with pytest.raises(UserError, match="no such file"):  # before the tokenizer, which may take seconds
         tokenize_verb(["nowhere.jsonl", "--tokenizer", "nowhere", "--output", str(tmp_path / "d")])
