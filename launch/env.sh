@@ -200,7 +200,7 @@ build_extension() {
         quietly "building the extension" "${build[@]}"
     elif ! attempt "building the extension" "${build[@]}"; then
         # A CUDA toolkit that does not quite fit must not keep anybody from the CPU ops.
-        grep -E -m 3 'error: |cannot find' "$log" >&2 || true
+        grep -E -m 3 'error: |cannot find' "$log" | cut -c1-160 >&2 || true
         say "      the build with CUDA ops failed (build/env.log); building CPU ops ONLY. To see it fail: SOLAR_MEGA_CUDA=1"
         SOLAR_MEGA_CUDA=0 quietly "building the extension without CUDA ops" "${build[@]}"
     fi

@@ -22,6 +22,7 @@ VERBS = {
     "tokenize": ("solar_mega.data.command:tokenize", "jsonl, parquet or text -> Megatron .bin/.idx"),
     "tokenizer": ("solar_mega.data.command:tokenizer", "train a SentencePiece tokenizer on text"),
     "pretrain": ("solar_mega.train.command:pretrain", "(continued) pretraining, from a TOML file"),
+    "quickstart": ("solar_mega.quickstart.command:quickstart", "the parts of launch/quickstart.sh"),
     "bench": ("solar_mega.bench.command:bench", "benchmarks against peers: step"),
 }
 """Verb -> (`module:function`, one line of help). Imported when called: a verb costs nothing until it is used.
@@ -90,7 +91,7 @@ def report(error: UserError) -> None:
 
 
 def _quiet_megatron() -> None:
-    """megatron-core warns, on every rank, about each accelerator that is not installed. `python -W` overrules."""
+    """megatron-core warns, on every rank, of each accelerator that is not installed. `python -W` overrules."""
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=r"megatron\.")
 
