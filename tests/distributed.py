@@ -2,8 +2,8 @@
 
     results = run_ranks(worker, 4, argument, ...)        # worker(argument, ...) on each rank; results by rank
 
-The worker must be a module-level function of a test file. It runs in fresh processes, so it starts its own groups
-(`solar_mega.runtime.parallel.running`), and returns something that pickles.
+The worker must be a module-level function of a test file. It runs in fresh processes, so it starts its own
+groups (`solar_mega.runtime.parallel.running`), and returns something that pickles.
 """
 
 import importlib.util
@@ -22,15 +22,32 @@ class RankFailure(AssertionError):
 
 
 def run_ranks(worker, ranks: int, *args, timeout: float = 300, env: dict | None = None, check: bool = True):
-    """Returns [worker(*args) of rank 0, 1, ...]; with `check=False`, the finished CompletedProcess instead."""
+    """Returns [worker(*args) of rank 0, 1, ...]; with `check=False`, the finished CompletedProcess."""
     with tempfile.TemporaryDirectory() as folder:
         call = Path(folder, "call.pkl")
         call.write_bytes(pickle.dumps((sys.modules[worker.__module__].__file__, worker.__qualname__, args)))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(ranks),
+        ]
         command += [str(Path(__file__).resolve()), str(call), folder]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        }
         done = subprocess.run(
-            command, env={**environment, **(env or {})}, capture_output=True, text=True, timeout=timeout, cwd=ROOT
+            command,
+            env={**environment, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=ROOT,
         )
         if not check:
             return done

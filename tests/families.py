@@ -69,6 +69,8 @@ def transformers_logits(directory: Path) -> torch.Tensor:
     """fp32 logits [rows, SEQUENCE, vocabulary] of `tokens()`, by transformers' eager attention."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         return model(tokens()).logits

@@ -24,7 +24,9 @@ def layout(tp: int = 1, pp: int = 1, vpp: int = 1, seed: int = 1234, **options):
 
 
 def pipeline_logits(chunks, parallel: ParallelConfig) -> torch.Tensor | None:
-    """fp32 logits [rows, SEQUENCE, vocabulary] of `families.tokens()` on ranks of the last stage; None elsewhere."""
+    """fp32 logits [rows, SEQUENCE, vocabulary] of `families.tokens()` on ranks of the last stage; None
+    elsewhere.
+    """
     from megatron.core import tensor_parallel
     from megatron.core.pipeline_parallel import get_forward_backward_func
 

@@ -1,4 +1,6 @@
-"""Hugging Face checkpoint -> the ranks, through a layer map: each rank reads the rows it will hold, and no others."""
+"""Hugging Face checkpoint -> the ranks, through a layer map: each rank reads the rows it will hold, and no
+others.
+"""
 
 from collections.abc import Sequence
 
@@ -9,7 +11,7 @@ from solar_mega.artifact.safetensors_io import SafetensorsReader
 from solar_mega.checkpoint.names import TensorSource, hf_names, hf_shapes, rule_of
 from solar_mega.config.schema import ParallelConfig
 from solar_mega.depth.layer_map import LayerMap
-from solar_mega.errors import Problems
+from solar_mega.errors import Problems, UserError
 from solar_mega.model.architecture import Architecture
 
 
@@ -29,8 +31,14 @@ def load_weights(
         layer_map: target layer -> source layer.
 
     Raises:
+        UserError: the map has fresh layers.
         KeyError: the model has a parameter that the name table does not know.
     """
+    if layer_map.fresh:
+        raise UserError(
+            f'layer map "{layer_map}": target layers {", ".join(map(str, layer_map.fresh))} are fresh, and the '
+            "source has no weights for them; use a map that copies every layer"
+        )
     t = _tensor_parallel_rank()
     with torch.no_grad():
         for chunk in chunks:
@@ -39,7 +47,9 @@ def load_weights(
                 layer = None if position is None else layer_map[_global_layer(chunk, position)]
                 value = rule.packing.read(source, hf_names(rule, layer), arch, t, parallel.tp)
                 if value.shape != parameter.shape:
-                    raise ValueError(f"{name}: read {tuple(value.shape)}, the model has {tuple(parameter.shape)}")
+                    raise ValueError(
+                        f"{name}: read {tuple(value.shape)}, the model has {tuple(parameter.shape)}"
+                    )
                 parameter.copy_(value)
 
 

@@ -1,6 +1,8 @@
-"""Hugging Face names <-> Megatron parameters: one table, and the five ways a tensor is split over tensor-parallel ranks.
+"""Hugging Face names <-> Megatron parameters: one table, and the five ways a tensor is split over
+tensor-parallel ranks.
 
-A new family whose block has the same parts is a new table; a new part is a new line and, at most, a new packing.
+A new family whose block has the same parts is a new table; a new part is a new line and, at most, a new
+packing.
 
     packing     Hugging Face                     Megatron, on tensor-parallel rank t of T
     REPLICATED  [h]                              [h], whole on every rank
@@ -79,7 +81,9 @@ def _read_qkv(source, names, arch, t, tp):
 
 def _unpack_qkv(shards, arch):
     per_group = arch.num_attention_heads // arch.num_query_groups
-    packed = torch.cat(list(shards)).view(arch.num_query_groups, per_group + 2, arch.head_dim, arch.hidden_size)
+    packed = torch.cat(list(shards)).view(
+        arch.num_query_groups, per_group + 2, arch.head_dim, arch.hidden_size
+    )
     parts = packed.split([per_group, 1, 1], dim=1)
     return [part.reshape(-1, arch.hidden_size) for part in parts]
 
@@ -139,12 +143,15 @@ _IN_LAYER = re.compile(rf"^{re.escape(LAYER_PREFIX)}(\d+)\.(.+)$")
 def rule_of(parameter: str, arch: Architecture) -> tuple[Rule, int | None]:
     """(rule, position in the chunk's layer list or None) of a chunk's parameter name.
 
-    Raises KeyError for a parameter the table does not know: the model has a part that would stay uninitialised.
+    Raises KeyError for a parameter the table does not know: the model has a part that would stay
+    uninitialised.
     """
     match = _IN_LAYER.match(parameter)
     if match:
         return _LAYER_BY_NAME[match[2]], int(match[1])
-    outside = {rule.megatron: rule for rule in (EMBEDDING, FINAL_NORM, TIED_HEAD if arch.tied_embeddings else HEAD)}
+    outside = {
+        rule.megatron: rule for rule in (EMBEDDING, FINAL_NORM, TIED_HEAD if arch.tied_embeddings else HEAD)
+    }
     return outside[parameter], None
 
 
@@ -152,7 +159,9 @@ _LAYER_BY_NAME = {rule.megatron: rule for rule in LAYER_RULES}
 
 
 def model_rules(arch: Architecture) -> Iterator[tuple[Rule, int | None]]:
-    """Every parameter of the whole model in the order transformers writes them; (rule, layer number or None)."""
+    """Every parameter of the whole model in the order transformers writes them; (rule, layer number or
+    None).
+    """
     yield EMBEDDING, None
     for layer in range(arch.num_layers):
         for rule in LAYER_RULES:

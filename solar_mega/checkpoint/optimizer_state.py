@@ -1,15 +1,17 @@
 """Optimizer states in Megatron checkpoints, around three faults of megatron-core 0.16 without TE or apex.
 
-It then uses torch's AdamW, which counts its steps in a tensor per parameter, while Megatron stores one number:
+It then uses torch's AdamW, which counts its steps in a tensor per parameter, while Megatron stores one
+number:
 
 1. An optimizer that has not stepped has no states, and Megatron asserts that it has: give it zeros at step 0.
    (Megatron's own remedy, a step on zero gradients, decays the weights.)
-2. Loading copies each state by name and looks for `step` among the loaded tensors, where it never is: KeyError.
-3. Loading hands one and the same step tensor to every parameter. AdamW then adds 1 to it once per parameter, and the
+2. Loading copies each state by name and looks for `step` among the loaded tensors, where it never is:
+KeyError. 3. Loading hands one and the same step tensor to every parameter. AdamW then adds 1 to it once per
+parameter, and the
    bias correction of a resumed run is wrong: each gets its own copy.
 
-Besides, Megatron loads the learning rate, betas and decay of the old run over those of the new configuration. Here
-the configuration wins.
+Besides, Megatron loads the learning rate, betas and decay of the old run over those of the new
+configuration. Here the configuration wins.
 """
 
 from collections.abc import Iterable
@@ -52,7 +54,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -
 
 
 def optimizer_kind(keys: Iterable[str]) -> str | None:
-    """Which optimizer wrote a checkpoint with these tensor names: "distributed", "float16", "fp32" or None."""
+    """Which optimizer wrote a checkpoint with these tensors: "distributed", "float16", "fp32" or None."""
     states = {key.split(".")[2] for key in keys if key.startswith("optimizer.state.")}
     if not states:
         return None

@@ -1,7 +1,7 @@
 """Random weights that do not depend on the layout: every tensor is drawn from its own name.
 
-So a model from scratch starts the same on one process and on TP2 x PP2, and goes through the same loading path as
-a pretrained one.
+So a model from scratch starts the same on one process and on TP2 x PP2, and goes through the same loading
+path as a pretrained one.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ from solar_mega.model.architecture import Architecture
 
 
 class RandomWeights:
-    """A TensorSource: norms are 1, matrices N(0, std^2), projections into the residual stream std / sqrt(2 layers).
+    """A TensorSource: norms are 1, matrices N(0, std^2), projections into the residual stream std / sqrt(2
+    layers).
 
     The scaling of those projections keeps the residual stream's variance independent of depth (GPT-2).
     """

@@ -1,8 +1,8 @@
 """A grown model asks a shallower checkpoint for its weights: depthwise scaling as a load plan.
 
 megatron-core loads by name and offset: each rank describes the tensors it holds, and reads those bytes. So a
-target layer g that describes itself as source layer map[g] is filled from there, on any TP, PP and VPP, and with it
-its optimizer states, whose names derive from the parameter's.
+target layer g that describes itself as source layer map[g] is filled from there, on any TP, PP and VPP, and
+with it its optimizer states, whose names derive from the parameter's.
 
     checkpoint          a layer's weight is                          layer g asks for
     per layer           its own tensor  decoder.layers.7.<name>      the key of layer map[g]
@@ -40,7 +40,9 @@ class SourceDepth:
 
     @classmethod
     def of(cls, shapes: dict[str, tuple[int, ...]]) -> "SourceDepth":
-        """From the global shapes of a checkpoint's tensors. Raises UserError when there are no decoder layers."""
+        """From the global shapes of a checkpoint's tensors. Raises UserError when there are no decoder
+        layers.
+        """
         numbers = [int(match[1]) for key in shapes if (match := _LAYER_KEY.match(key))]
         if numbers:
             return cls(max(numbers) + 1, homogeneous=False)
@@ -58,17 +60,18 @@ def mapped_state_dict(
     Everything outside the decoder layers is asked for as usual. Hand the result to
     `optimizer.sharded_state_dict(..., is_loading=True)` to aim the optimizer states the same way.
 
-    Raises UserError when the map has fresh layers (nothing in a checkpoint can fill them) or was made for another
-    depth than the source's.
+    Raises UserError when the map has fresh layers (nothing in a checkpoint can fill them) or was made for
+    another depth than the source's.
     """
     if layer_map.fresh:
         raise UserError(
-            f'layer map "{layer_map}": target layers {", ".join(map(str, layer_map.fresh))} are fresh, and a Megatron '
-            "checkpoint has no weights for them; use a map that copies every layer"
+            f'layer map "{layer_map}": target layers {", ".join(map(str, layer_map.fresh))} are fresh, and '
+            "a Megatron checkpoint has no weights for them; use a map that copies every layer"
         )
     if layer_map.source_layers != source.layers:
         raise UserError(
-            f'layer map "{layer_map}" is for {layer_map.source_layers} layers; the checkpoint has {source.layers}'
+            f'layer map "{layer_map}" is for {layer_map.source_layers} layers; the checkpoint '
+            f"has {source.layers}"
         )
     metadata = {**metadata, "non_homogeneous_layers": not source.homogeneous}
     plain = chunk.sharded_state_dict(metadata=metadata)
@@ -78,7 +81,9 @@ def mapped_state_dict(
     return result
 
 
-def _mapped_layer(layer: nn.Module, position: int, layer_map: LayerMap, source: SourceDepth, metadata: dict) -> dict:
+def _mapped_layer(
+    layer: nn.Module, position: int, layer_map: LayerMap, source: SourceDepth, metadata: dict
+) -> dict:
     target = layer.layer_number - 1
     origin = layer_map[target]
     own = f"{_PREFIX}{position}."
@@ -88,7 +93,8 @@ def _mapped_layer(layer: nn.Module, position: int, layer_map: LayerMap, source: 
     earlier = layer_map.copies_of(origin).index(target)
     for key, entry in entries.items():
         if isinstance(entry, ShardedObject):
-            # Transformer Engine's per-module extras (FP8 scales) describe a layer at its old place: keep our own.
+            # Transformer Engine's per-module extras (FP8 scales) describe a layer at its old place: keep our
+            # own.
             entries[key] = LocalNonpersistentObject(entry.data)
             continue
         if earlier:
@@ -99,12 +105,14 @@ def _mapped_layer(layer: nn.Module, position: int, layer_map: LayerMap, source: 
     return entries
 
 
-def _with_layer_axis(entry: ShardedTensor | ShardedTensorFactory, origin: int, layers: int) -> ShardedTensorFactory:
+def _with_layer_axis(
+    entry: ShardedTensor | ShardedTensorFactory, origin: int, layers: int
+) -> ShardedTensorFactory:
     """The entry with its layer as a real leading dimension of size 1, taken off again after loading.
 
     Megatron's own form, an axis that exists in the checkpoint but not in the tensor, goes through a code path
-    that takes two tensors of one name on one rank for shards of one tensor, and refuses two copies of one source
-    layer as overlapping.
+    that takes two tensors of one name on one rank for shards of one tensor, and refuses two copies of one
+    source layer as overlapping.
     """
     if isinstance(entry, ShardedTensorFactory):
         build, merge = entry.build_fn, entry.merge_fn

@@ -1,7 +1,7 @@
 """What a Megatron checkpoint says about itself in JSON: the run's position, and which files must be there.
 
-`run_state.json` is written last, so that a checkpoint without it is not one. Reading it needs no model, no process
-groups and no torch.
+`run_state.json` is written last, so that a checkpoint without it is not one. Reading it needs no model, no
+process groups and no torch.
 """
 
 import json
@@ -21,7 +21,9 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands, beside its weights, optimizer states and random generators. All values fit in JSON."""
+    """Where a run stands, beside its weights, optimizer states and random generators. All values fit in
+    JSON.
+    """
 
     step: int
     """Optimizer steps done."""
@@ -54,9 +56,17 @@ class RunState:
 
 
 def write_run_state(directory: Path, state: RunState) -> None:
-    """Writes `run_state.json` with the names and sizes of everything else in `directory`. Call when all is written."""
+    """Writes `run_state.json` with the names and sizes of everything else in `directory`. Call when all is
+    written.
+    """
     sizes = {file.name: file.stat().st_size for file in sorted(directory.iterdir()) if file.is_file()}
-    content = {"format": _FORMAT, "version": _VERSION, "state": asdict(state), "files": sizes, "versions": _versions()}
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "state": asdict(state),
+        "files": sizes,
+        "versions": _versions(),
+    }
     (directory / RUN_STATE).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
@@ -84,7 +94,8 @@ def check_files(path: Path | str) -> None:
 
 
 def describe_megatron(path: Path | str) -> dict[str, Any]:
-    """What `inspect` shows: position, layers, parameters, dtypes, optimizer, layout, lineage, size, completeness.
+    """What `inspect` shows: position, layers, parameters, dtypes, optimizer, layout, lineage, size,
+    completeness.
 
     Reads `run_state.json` and the checkpoint's tensor index; no weights, no process groups.
     Raises UserError when `path` is not a complete checkpoint of this project.
@@ -136,8 +147,14 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist or is not a directory")
     if not file.is_file():
-        hint = "it was not finished" if (path / "metadata.json").exists() or not any(path.iterdir()) else "it is not one"
-        raise UserError(f"{path} has no {RUN_STATE}, which every complete checkpoint of solar_mega has; {hint}")
+        hint = (
+            "it was not finished"
+            if (path / "metadata.json").exists() or not any(path.iterdir())
+            else "it is not one"
+        )
+        raise UserError(
+            f"{path} has no {RUN_STATE}, which every complete checkpoint of solar_mega has; {hint}"
+        )
     try:
         content = json.loads(file.read_text("utf-8"))
         if content["format"] != _FORMAT or not isinstance(content["files"], dict):

@@ -1,4 +1,6 @@
-"""What a run starts from: a Hugging Face directory or a Megatron checkpoint, told apart and read without a GPU."""
+"""What a run starts from: a Hugging Face directory or a Megatron checkpoint, told apart and read without a
+GPU.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,23 +30,30 @@ def open_source(path: Path, key: str = "model.path") -> Source:
     from solar_mega.artifact.hf import HFDirectory
 
     if not path.is_dir():
-        raise UserError(f"{key} = {str(path)!r} is not a directory; give a Hugging Face directory or a checkpoint")
+        raise UserError(
+            f"{key} = {str(path)!r} is not a directory; give a Hugging Face directory or a checkpoint"
+        )
     if (path / "config.json").is_file():
         config = HFDirectory(path).config
         stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-        return Source(path, "hf", config, path, "fp32" if stored == "float32" else "bf16")
+        return Source(path, "hf", config, path, _precision(stored))
     checkpoint = _checkpoint_in(path)
     if checkpoint is None:
         raise UserError(
-            f"{key} = {str(path)!r} holds neither config.json (Hugging Face) nor a complete Megatron checkpoint "
-            "(metadata.json, or checkpoints/latest)"
+            f"{key} = {str(path)!r} holds neither config.json (Hugging Face) nor a complete Megatron "
+            "checkpoint (metadata.json, or checkpoints/latest)"
         )
     from solar_mega.checkpoint.run_state import read_run_state
 
     state = read_run_state(checkpoint)
     stored = str(state.hf_config.get("dtype") or state.hf_config.get("torch_dtype") or "float32")
-    precision = "fp32" if stored.removeprefix("torch.") == "float32" else "bf16"
+    precision = _precision(stored.removeprefix("torch."))
     return Source(checkpoint, "megatron", dict(state.hf_config), Path(state.source), precision)
+
+
+def _precision(stored: str) -> Literal["fp32", "bf16"]:
+    """The narrower of the two that holds the stored weights exactly; float16 has more digits than bf16."""
+    return "bf16" if stored == "bfloat16" else "fp32"
 
 
 def _checkpoint_in(path: Path) -> Path | None:

@@ -6,8 +6,8 @@
       .step-00000140.partial/   being written, or what a killed run left; the next save removes it
       latest                    "step-00000120"
 
-Order of a save: write partial -> fsync -> rename -> move `latest` -> prune. A kill at any point leaves at least
-the checkpoint that `latest` named before.
+Order of a save: write partial -> fsync -> rename -> move `latest` -> prune. A kill at any point leaves at
+least the checkpoint that `latest` named before.
 """
 
 import os
@@ -51,8 +51,8 @@ class CheckpointStore:
     def latest(self) -> Path | None:
         """The checkpoint to resume from; None when there is none.
 
-        It is the one that `latest` names. Where that file is missing, damaged, or names a directory that is not
-        there, it is the newest complete one, and the reason is printed.
+        It is the one that `latest` names. Where that file is missing, damaged, or names a directory that is
+        not there, it is the newest complete one, and the reason is printed.
         """
         steps = self.steps()
         name, trouble = self._read_latest()
@@ -79,7 +79,9 @@ class CheckpointStore:
         return name, None
 
     def partial(self, step: int) -> Path:
-        """A new empty directory to write the checkpoint of `step` into. Leftovers of killed saves are removed."""
+        """A new empty directory to write the checkpoint of `step` into. Leftovers of killed saves are
+        removed.
+        """
         with disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             for entry in self.root.iterdir():
@@ -121,7 +123,6 @@ class CheckpointStore:
             shutil.rmtree(doomed, ignore_errors=True)
             self.path(step).rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
-
 
 
 def _sync_tree(directory: Path) -> None:

@@ -1,7 +1,8 @@
 """The ranks -> a Hugging Face directory, one parameter at a time.
 
-Rank 0 plans the files from the architecture alone, then receives each parameter's tensor-parallel shards from the
-stage that owns it, unpacks them and streams the tensors to disk. Memory: one parameter on rank 0, nothing elsewhere.
+Rank 0 plans the files from the architecture alone, then receives each parameter's tensor-parallel shards
+from the stage that owns it, unpacks them and streams the tensors to disk. Memory: one parameter on rank 0,
+nothing elsewhere.
 """
 
 import contextlib
@@ -42,8 +43,8 @@ def export_hf(
 ) -> None:
     """Write the model as a Hugging Face directory that transformers loads. Collective over all ranks.
 
-    `destination` appears only when complete. It may be absent, empty, or an earlier export (it has a lineage.json),
-    which is replaced.
+    `destination` appears only when complete. It may be absent, empty, or an earlier export (it has a
+    lineage.json), which is replaced.
 
     Args:
         chunks: the model's chunks of this rank, plain or under DDP.
@@ -81,7 +82,8 @@ def write_tensors(
     dtype: torch.dtype,
     shard_bytes: int,
 ) -> None:
-    """Write the model's weights as safetensors into `directory` (existing, rank 0's). Collective over all ranks.
+    """Write the model's weights as safetensors into `directory` (existing, rank 0's). Collective over all
+    ranks.
 
     Args:
         dtype: dtype on disk; each value is cast once.
@@ -110,7 +112,11 @@ def _write_surroundings(
     if (Path(side_files) / "config.json").exists():
         HFDirectory(side_files).copy_side_files(place)
     about = dict(lineage)
-    stage, parent, layer_map = about.pop("stage", "export"), about.pop("parent", None), about.pop("layer_map", None)
+    stage, parent, layer_map = (
+        about.pop("stage", "export"),
+        about.pop("parent", None),
+        about.pop("layer_map", None),
+    )
     write_lineage(
         place,
         stage,
@@ -121,8 +127,8 @@ def _write_surroundings(
 
 
 def _parent(path: Path) -> Parent:
-    """A Megatron checkpoint is known by its run_state.json, which lists its files: hashing its optimizer states
-    would read many times the model."""
+    """A Megatron checkpoint is known by its run_state.json, which lists its files: hashing its optimizer
+    states would read many times the model."""
     if not path.is_dir():
         return Parent(str(path), "unknown: the directory is gone")
     state = path / "run_state.json"
@@ -159,7 +165,11 @@ def _unwrapped(chunk: nn.Module) -> nn.Module:
 
 
 def _gather(
-    parameters: Sequence[dict[str, Tensor]], arch: Architecture, parallel: ParallelConfig, rule: Rule, layer: int | None
+    parameters: Sequence[dict[str, Tensor]],
+    arch: Architecture,
+    parallel: ParallelConfig,
+    rule: Rule,
+    layer: int | None,
 ) -> list[Tensor]:
     """The parameter's shards in tensor-parallel order on rank 0; empty lists elsewhere."""
     stage, chunk, name = _owner(arch, parallel, rule, layer)
@@ -171,8 +181,11 @@ def _gather(
         mine = parameters[chunk][name].detach().cpu().contiguous()
     if me != 0:
         if mine is not None:
-            # Shape and dtype travel with the shard: rank 0 may hold no parameter of this kind to copy them from.
-            dist.send(torch.tensor([*mine.shape, *[0] * (2 - mine.dim()), _CODES.index(mine.dtype)]), 0, _control())
+            # Shape and dtype travel with the shard: rank 0 may hold no parameter of this kind to copy them
+            # from.
+            dist.send(
+                torch.tensor([*mine.shape, *[0] * (2 - mine.dim()), _CODES.index(mine.dtype)]), 0, _control()
+            )
             dist.send(mine.view(-1).view(torch.uint8), 0, _control())
         return []
     return [mine if owner == 0 else _receive(owner) for owner in owners]

@@ -1,7 +1,7 @@
 """Every random generator of this process, taken and put back.
 
-Megatron keeps named streams beside torch's own (dropout inside a tensor-parallel region differs between its ranks,
-outside it must not); its tracker holds them and they are part of the state.
+Megatron keeps named streams beside torch's own (dropout inside a tensor-parallel region differs between its
+ranks, outside it must not); its tracker holds them and they are part of the state.
 """
 
 import hashlib
@@ -13,7 +13,9 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """State of Python's, NumPy's, torch's, CUDA's and Megatron's generators: plain containers and CPU tensors."""
+    """State of Python's, NumPy's, torch's, CUDA's and Megatron's generators: plain containers and CPU
+    tensors.
+    """
     name, keys, position, has_gauss, gauss = numpy.random.get_state()
     version, internal, cached = random.getstate()
     state = {
@@ -28,7 +30,9 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Puts back what `capture` returned. A state without CUDA (from a CPU run) leaves CUDA's generator alone."""
+    """Puts back what `capture` returned. A state without CUDA (from a CPU run) leaves CUDA's generator
+    alone.
+    """
     version, internal, cached = state["python"]
     random.setstate((version, tuple(internal), cached))
     name, keys, position, has_gauss, gauss = state["numpy"]
@@ -40,7 +44,8 @@ def restore(state: dict[str, Any]) -> None:
 
 
 def reseed(seed: int, step: int) -> None:
-    """Fresh streams for a run that goes on at `step` under another layout, where the old streams have no owner.
+    """Fresh streams for a run that goes on at `step` under another layout, where the old streams have no
+    owner.
 
     The same seed and step give the same streams; step 0's are not repeated.
     """

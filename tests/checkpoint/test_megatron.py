@@ -1,13 +1,9 @@
 """Megatron checkpoints: any layout in, any layout out, through layer maps, optimizer states included."""
 
-import json
-import shutil
-
 import pytest
 import torch
 
 from solar_mega.depth.layer_map import LayerMap
-from solar_mega.errors import UserError
 from tests.checkpoint import training
 from tests.checkpoint.training import KINDS
 from tests.distributed import run_ranks
@@ -37,6 +33,9 @@ def _save(directory, root):
             run.steps(0, STEPS)
             path = save_checkpoint(CheckpointStore(root / kind), run.chunks, run.optimizer, run.state(STEPS))
             drawn = torch.rand(3)
+            if kind == "fp32-dist":
+                _save_homogeneous(run, root / "homogeneous")
+                save_checkpoint(CheckpointStore(root / "weights"), run.chunks, None, run.state(STEPS))
             went_on = run.steps(STEPS, 3)
             again = training.start(arch, parallel, kind)
             torch.rand(17)
@@ -48,9 +47,6 @@ def _save(directory, root):
             groups = [{k: v for k, v in g.items() if k != "params"} for g in again.optimizer.param_groups]
             results[kind] = (went_on, again.steps(STEPS, 3), same_draws, counts, compared, groups)
             assert random_state.capture().keys() >= {"python", "numpy", "torch", "megatron"}
-            if kind == "fp32-dist":
-                _save_homogeneous(run, root / "homogeneous")
-                save_checkpoint(CheckpointStore(root / "weights"), run.chunks, None, run.state(STEPS))
     return results
 
 
@@ -88,11 +84,13 @@ def _load(root, targets):
                 load_tensors(path, run.chunks, run.optimizer, layer_map)
             else:
                 path = CheckpointStore(root / kind).latest()
-                state = load_checkpoint(path, run.chunks, run.optimizer, None if spelling == "identity" else layer_map)
+                state = load_checkpoint(
+                    path, run.chunks, run.optimizer, None if spelling == "identity" else layer_map
+                )
                 run.trainer.schedule.load_state_dict(state.schedule)
             compared = training.differences(path, run, layer_map)
             counts = training.step_counts(run)
-            results[kind, spelling, (tp, pp, vpp), homogeneous] = (compared, counts, run.steps(STEPS, 3))
+            results[kind, spelling, (tp, pp, vpp), homogeneous] = (compared, counts, run.steps(STEPS, 2))
     return results
 
 
@@ -113,18 +111,19 @@ def saved(source, root):
 
 FOUR_RANKS = [
     *[(kind, "identity", (1, 1, 1), False) for kind in KINDS],  # data parallel 4
-    *[(kind, "identity", (2, 1, 1), False) for kind in KINDS],  # data parallel 2
+    ("bf16-dist", "identity", (2, 1, 1), False),  # data parallel 2
     ("fp32-dist", "identity", (1, 2, 2), False),
     *[(kind, SIX, (1, 1, 1), False) for kind in KINDS],
-    *[(kind, EIGHT, (1, 2, 2), False) for kind in KINDS],
-    ("bf16-dist", SIX, (2, 2, 1), False),
-    ("fp32-dist", "3,2,1,0", (2, 2, 1), False),
-    ("fp32-dist", "identity", (1, 1, 1), True),
+    ("fp32", EIGHT, (1, 2, 2), False),
+    ("bf16-dist", EIGHT, (1, 2, 2), False),
+    ("bf16-dist", "3,2,1,0", (2, 2, 1), False),
+    ("fp32-dist", "identity", (2, 1, 1), True),
     ("fp32-dist", SIX, (1, 1, 1), True),
-    ("fp32-dist", SIX, (2, 2, 1), True),
-    ("fp32-dist", "0,0,3,3", (2, 2, 1), True),
+    ("fp32-dist", "0,0,3,3", (2, 2, 1), True),  # layers 1 and 2 are not read
 ]
-THREE_RANKS = [(kind, SIX, (1, 3, 1), False) for kind in KINDS] + [("fp32-dist", SIX, (1, 3, 1), True)]
+THREE_RANKS = [(kind, SIX, (1, 3, 1), False) for kind in ("fp32", "bf16-dist")] + [
+    ("fp32-dist", SIX, (1, 3, 1), True)
+]
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +138,14 @@ def loaded(saved, root):
 
 def test_resume_on_the_same_layout_is_exact(saved):
     for result in saved:
-        for kind, (went_on, again, same_draws, (counts, separate), (compared, wrong), groups) in result.items():
+        for kind, (
+            went_on,
+            again,
+            same_draws,
+            (counts, separate),
+            (compared, wrong),
+            groups,
+        ) in result.items():
             assert went_on == again, kind
             assert same_draws, kind
             assert counts == {float(STEPS)} and separate, kind
@@ -160,12 +166,12 @@ def test_training_goes_on_alike_on_other_layouts(saved, loaded, kind):
     for (other, spelling, _, homogeneous), by_rank in loaded.items():
         if other == kind and spelling == "identity" and not homogeneous:
             for _, _, losses in by_rank.values():
-                for mine, theirs in zip(losses, reference, strict=True):
+                for mine, theirs in zip(losses, reference[:2], strict=True):
                     assert mine == pytest.approx(theirs, rel=1e-5)
 
 
 def test_a_grown_model_trains_alike_on_every_layout(loaded):
     one = loaded["fp32", SIX, (1, 1, 1), False][0][2]
-    for key in (("fp32", SIX, (1, 3, 1), False), ("fp32-dist", SIX, (1, 3, 1), False)):
+    for key in (("fp32", SIX, (1, 3, 1), False), ("fp32-dist", SIX, (1, 1, 1), False)):
         for mine, theirs in zip(loaded[key][0][2], one, strict=True):
             assert mine == pytest.approx(theirs, rel=1e-5)

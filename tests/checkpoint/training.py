@@ -1,4 +1,6 @@
-"""A tiny training run for checkpoint tests, and a check of loaded states that does not go through sharded loading."""
+"""A tiny training run for checkpoint tests, and a check of loaded states that does not go through sharded
+loading.
+"""
 
 import re
 from dataclasses import dataclass
@@ -70,7 +72,9 @@ def start(arch, parallel: ParallelConfig, kind: str, source=None, source_arch=No
     config = OptimizerConfig(lr=1e-2, weight_decay=0.1)
     optimizer = build_optimizer(wrapped, config, parallel, precision)
     schedule = build_schedule(optimizer, ScheduleConfig(warmup_steps=2), config, 20)
-    trainer = Trainer(wrapped, optimizer, schedule, next_token_loss, 1, SEQUENCE, pipelined_chunks=parallel.vpp > 1)
+    trainer = Trainer(
+        wrapped, optimizer, schedule, next_token_loss, 1, SEQUENCE, pipelined_chunks=parallel.vpp > 1
+    )
     return Run(arch, parallel, chunks, trainer)
 
 
@@ -91,7 +95,9 @@ def _batches(vocabulary: int, step: int) -> list[dict[str, torch.Tensor]]:
 
 
 def differences(path, run: Run, layer_map, with_optimizer: bool = True) -> tuple[int, list[str]]:
-    """(values compared, names that differ) between the run's tensors and the checkpoint's full ones, cut by hand."""
+    """(values compared, names that differ) between the run's tensors and the checkpoint's full ones, cut by
+    hand.
+    """
     from megatron.core import dist_checkpointing, parallel_state
 
     full = dist_checkpointing.load_plain_tensors(str(path))
@@ -148,7 +154,10 @@ def _state_pairs(run: Run, name: str, parameter, whole, t: int) -> list:
     part = slice(None)
     if kind == "DistributedOptimizer":
         if not any(
-            parameter in ranges["param_map"] for buckets in inner.gbuf_ranges for b in buckets.values() for ranges in b
+            parameter in ranges["param_map"]
+            for buckets in inner.gbuf_ranges
+            for b in buckets.values()
+            for ranges in b
         ):
             return []  # another data-parallel rank's share
         held = inner._get_main_param_and_optimizer_states(parameter)

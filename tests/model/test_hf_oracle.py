@@ -1,4 +1,6 @@
-"""Our model from a Hugging Face directory computes what transformers computes, on one rank and on TP2 x PP2."""
+"""Our model from a Hugging Face directory computes what transformers computes, on one rank and on TP2 x
+PP2.
+"""
 
 import pytest
 import torch
@@ -115,5 +117,3 @@ def test_exports_load_in_transformers(runs, expected):
     for key in (("llama3", "dus:1"), ("mistral_window", "identity")):
         again = transformers_logits(out / f"{key[0]}-{key[1]}-tp{tp}pp{pp}")
         assert torch.equal(again, expected[key])
-
-
