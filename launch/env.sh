@@ -155,6 +155,12 @@ make_venv() {
     else
         quietly "creating .venv" "$python" -m virtualenv "${options[@]}" "$venv"
     fi
+    if [[ -n "$own_torch" && "$(torch_of "$venv/bin/python")" != "$own_torch" ]]; then
+        # The Python named is a virtual environment itself: what it has is not among the system's packages.
+        "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+            > "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/solar_mega_base.pth"
+        [[ "$(torch_of "$venv/bin/python")" == "$own_torch" ]] || fail "$venv does not see the torch of $python"
+    fi
 }
 
 # Requirements beside torch. Over a Python with its own torch, what torch was built with is not replaced.

@@ -91,7 +91,7 @@ def report(error: UserError) -> None:
 
 
 def _quiet_megatron() -> None:
-    """megatron-core warns, on every rank, of each accelerator that is not installed. `python -W` overrules."""
+    """megatron-core warns, on every rank, of each accelerator it does not find. `python -W` overrules."""
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=r"megatron\.")
 
