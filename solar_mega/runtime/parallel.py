@@ -31,6 +31,8 @@ def start(parallel: ParallelConfig, seed: int = 1234, threads: int | None = None
     Raises:
         UserError: the world size is not tp * pp * dp.
     """
+    # megatron-core 0.16 calls collectives by names that torch 2.13 announces to rename; nothing for a user to act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     check_world_size(parallel, int(os.environ.get("WORLD_SIZE", "1")))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

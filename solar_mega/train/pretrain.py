@@ -17,6 +17,7 @@ from solar_mega.checkpoint.store import CheckpointStore
 from solar_mega.config.check import check_pretrain
 from solar_mega.config.load import to_toml
 from solar_mega.config.schema import PretrainConfig
+from solar_mega.data.corpora import check_corpora
 from solar_mega.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import UserError
@@ -67,6 +68,14 @@ def prepare(cfg: PretrainConfig, world: int) -> Prepared:
         check_source(HFDirectory(source.path).tensors, base, str(source.path))
     tokenizer = load_tokenizer(cfg.data.tokenizer or source.side_files)
     check_vocabulary(tokenizer, arch.vocab_size)
+    check_corpora(
+        cfg.data,
+        cfg.train.seq_length,
+        validation=cfg.train.eval_samples > 0,
+        vocab_size=arch.vocab_size,
+        eos_id=tokenizer.eos_id,
+        fingerprint=tokenizer.fingerprint,
+    )
     store = CheckpointStore(cfg.output.dir / "checkpoints", cfg.checkpoint.keep)
     return Prepared(source, layer_map, base, arch, tokenizer, store, _resume_point(cfg, store))
 
@@ -86,7 +95,8 @@ def _resume_point(cfg: PretrainConfig, store: CheckpointStore) -> Path | None:
 def _run(cfg: PretrainConfig, prepared: Prepared) -> Outcome:
     from megatron.core import parallel_state
 
-    from solar_mega.checkpoint.megatron import RunState, load_checkpoint, save_checkpoint
+    from solar_mega.checkpoint.megatron import load_checkpoint, save_checkpoint
+    from solar_mega.checkpoint.run_state import RunState
     from solar_mega.model.builder import build_for_training
     from solar_mega.train.optimizer import build_optimizer, build_schedule, wrap
     from solar_mega.train.step import Trainer, next_token_loss
@@ -191,6 +201,8 @@ def _feed(cfg: PretrainConfig, prepared: Prepared, dp: int, dp_rank: int, first_
         seed=run.seed,
         eos_id=prepared.tokenizer.eos_id,
         cache_dir=cfg.data.cache or cfg.output.dir / "data_cache",
+        vocab_size=prepared.arch.vocab_size,
+        fingerprint=prepared.tokenizer.fingerprint,
     )
     training = Batches(train_set, first_step * batch, run.micro_batch_size, dp_rank, dp, batch)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from solar_mega.runtime import parallel as ranks
 
 Batch = dict[str, Tensor]
-"""tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] fp32, on the device."""
+"""tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] fp32."""
 
 TokenLoss = Callable[[torch.nn.Module, Batch], Tensor]
 """(model chunk, batch) -> the chunk's output: on the last stage a loss per token [b, s], else hidden states."""
@@ -100,7 +100,7 @@ class Trainer:
         return _global_mean(reports)
 
     def _forward(self, batches: Iterator[Batch], chunk: torch.nn.Module):
-        batch = next(batches)
+        batch = _on_device(next(batches))
         output = self.token_loss(chunk, batch)
 
         def reduce(token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -111,6 +111,13 @@ class Trainer:
             return total, counted.int(), {"sum_and_count": report}
 
         return output, reduce
+
+
+def _on_device(batch: Batch) -> Batch:
+    device = ranks.device()
+    if device.type == "cpu":
+        return batch
+    return {key: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for key, v in batch.items()}
 
 
 def _clip(optimizer: ChainedOptimizer) -> float:
