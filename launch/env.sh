@@ -197,7 +197,8 @@ install_dependencies() {
 
 build_extension() {
     say "[4/4] compiling csrc/"
-    if ! command -v "${CXX:-c++}" > /dev/null && ! command -v g++ > /dev/null; then
+    # shellcheck disable=SC2086  # several names, of which one is enough; or CXX with its options
+    if ! command -v ${CXX:-c++ g++} > /dev/null; then
         say "      NO C++ COMPILER: the slower PyTorch reference ops will be used. To get the compiled ones, install one"
         say "      (on Debian and Ubuntu: apt-get install g++) and start again."
     fi
