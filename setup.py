@@ -50,6 +50,18 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+def name_cuda_home() -> None:
+    """Tells torch's build machinery where the toolkit is: from an `nvcc` on PATH it would take the folder
+    above, which for a link or a wrapper in /usr/local/bin is not the toolkit."""
+    nvcc = find_nvcc()
+    if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return
+    for home in (Path(nvcc).resolve().parent.parent, Path("/usr/local/cuda")):
+        if (home / "include" / "cuda_runtime.h").exists():
+            os.environ["CUDA_HOME"] = str(home)
+            return
+
+
 def nvcc_version(nvcc: str) -> str:
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release (\d+\.\d+)", text)
@@ -125,6 +137,7 @@ def extension():
 
 
 def build_arguments() -> dict:
+    name_cuda_home()
     try:
         from torch.utils.cpp_extension import BuildExtension
     except ImportError:
