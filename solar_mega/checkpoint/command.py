@@ -58,13 +58,13 @@ class ConvertOptions:
 @dataclass(frozen=True)
 class VerifyOptions:
     """Prove that DST is SRC through the layer map, bit for bit. Exit code 1, and the first differing tensor,
-    when it is not."""
+    when it is not. One of the two may be a Megatron checkpoint."""
 
     src: Positional[Path]
-    """Hugging Face directory the other was made from."""
+    """What the other was made from: Hugging Face directory, Megatron checkpoint, or a run's directory."""
 
     dst: Positional[Path]
-    """Hugging Face directory to check."""
+    """What to check, likewise."""
 
     layer_map: str = "identity"
     """The map DST was made through."""
@@ -153,12 +153,25 @@ def verify(argv: Sequence[str]) -> int:
     from solar_mega.artifact.cast import weight_dtype
     from solar_mega.artifact.hf import HFDirectory
     from solar_mega.artifact.verify import verify as compare
+    from solar_mega.checkpoint.source import open_source
     from solar_mega.depth.layer_map import LayerMap
 
-    source = HFDirectory(options.src)
-    layer_map = LayerMap.parse(options.layer_map, source.num_layers)
+    src, dst = open_source(options.src, "SRC"), open_source(options.dst, "DST")
+    layer_map = LayerMap.parse(options.layer_map, src.config["num_hidden_layers"])
     dtype = weight_dtype(options.dtype) if options.dtype else None
-    report = compare(source, HFDirectory(options.dst), layer_map, dtype, Progress)
+    if src.kind == dst.kind == "megatron":
+        raise UserError(
+            "SRC and DST are both Megatron checkpoints; convert one of them --to hf and verify that"
+        )
+    if src.kind == dst.kind:
+        report = compare(HFDirectory(src.path), HFDirectory(dst.path), layer_map, dtype, Progress)
+    else:
+        from solar_mega.checkpoint.verify_megatron import verify_export, verify_import
+
+        if dst.kind == "megatron":
+            report = verify_import(HFDirectory(src.path), dst.path, layer_map, dtype, Progress)
+        else:
+            report = verify_export(src.path, HFDirectory(dst.path), layer_map, dtype, Progress)
     say(report.describe())
     return 0 if report.ok else 1
 

@@ -123,12 +123,15 @@ def _write_megatron(
     from solar_mega.checkpoint.megatron import RunState, save_checkpoint
     from solar_mega.checkpoint.store import CheckpointStore
 
+    # What the weights are now: exports keep it unless told otherwise.
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[job.dtype or job.source.precision]
+    config = {key: value for key, value in arch.hf_config.items() if key != "torch_dtype"}
     state = RunState(
         step=0,
         consumed_samples=0,
         consumed_tokens=0,
         schedule={},
-        hf_config=dict(arch.hf_config),
+        hf_config={**config, "dtype": dtype},
         config_toml="",
         parallel={"tp": parallel.tp, "pp": parallel.pp, "vpp": 1},
         source=str(job.source.side_files.resolve()),

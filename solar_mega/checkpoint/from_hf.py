@@ -36,8 +36,8 @@ def load_weights(
     """
     if layer_map.fresh:
         raise UserError(
-            f'layer map "{layer_map}": target layers {", ".join(map(str, layer_map.fresh))} are fresh, and the '
-            "source has no weights for them; use a map that copies every layer"
+            f'layer map "{layer_map}": target layers {", ".join(map(str, layer_map.fresh))} are fresh, and '
+            "the source has no weights for them; use a map that copies every layer"
         )
     t = _tensor_parallel_rank()
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,14 @@ def both(source, tmp_path_factory):
     four, one = tmp_path_factory.mktemp("four"), tmp_path_factory.mktemp("one")
     there, back = ["--to", "megatron", "--layer-map", "dus:1"], ["--to", "hf", "--shard-size", "30KB"]
     run_ranks(_convert, 4, [source, four / "megatron", *there])
-    run_ranks(_convert, 1, [source, one / "megatron", *there], [four / "megatron", four / "back", *back])
+    run_ranks(
+        _convert,
+        1,
+        [source, one / "megatron", *there],
+        [four / "megatron", four / "back", *back],
+        [source, one / "narrow", "--to", "megatron", "--dtype", "bf16"],
+        [one / "narrow", one / "narrow_back"],
+    )
     run_ranks(_convert, 4, [one / "megatron", one / "back", *back])
     return {"four to one": four, "one to four": one}
 
@@ -63,17 +71,21 @@ def test_there_and_back_is_bit_identical(source, converted):
 
 
 def test_the_checkpoint_verifies_against_its_source(source, converted):
-    from solar_mega.checkpoint.verify_megatron import verify_megatron
+    from solar_mega.checkpoint.verify_megatron import verify_export, verify_import
 
     path = CheckpointStore(converted / "megatron").latest()
     src, layer_map = HFDirectory(source), LayerMap.parse("dus:1", 4)
-    report = verify_megatron(src, path, layer_map)
+    report = verify_import(src, path, layer_map)
     assert report.ok, report.describe()
     assert report.tensors == len(HFDirectory(converted / "back").tensors.infos)
-    wrong = verify_megatron(src, path, LayerMap.parse("0,1,2,3,2,3", 4))
+    wrong = verify_import(src, path, LayerMap.parse("0,1,2,3,2,3", 4))
     assert wrong.difference is not None and wrong.difference.name.startswith("model.layers.3.")
-    assert not verify_megatron(src, path, LayerMap.parse("identity", 4)).ok
-    assert "expected BF16" in verify_megatron(src, path, layer_map, "BF16").describe()
+    assert not verify_import(src, path, LayerMap.parse("identity", 4)).ok
+    assert "expected BF16" in verify_import(src, path, layer_map, "BF16").describe()
+    identity = LayerMap.parse("identity", 6)
+    assert verify_export(path, HFDirectory(converted / "back"), identity).ok
+    assert not verify_export(path, HFDirectory(converted / "back"), LayerMap.parse("0,2,1,3,4,5", 6)).ok
+    assert not verify_export(path, src, identity).ok
 
 
 def test_inspect_says_what_it_is(source, converted):
@@ -88,8 +100,6 @@ def test_inspect_says_what_it_is(source, converted):
 
 def _faults(source, root):
     """Damages checkpoints one way after another; returns the messages of rank 0."""
-    import shutil
-
     from solar_mega.checkpoint.from_hf import load_weights
     from solar_mega.checkpoint.megatron import load_checkpoint, save_checkpoint
     from solar_mega.model.architecture import Architecture
@@ -249,3 +259,37 @@ def test_the_command_line_exits_with_two_and_no_traceback(source, tmp_path):
     done = run_cli("convert", path, tmp_path / "out", "--to", "megatron")
     assert done.returncode == 2
     assert "FalconForCausalLM" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_verify_exits_with_one_and_names_the_tensor(source, both, tmp_path, capsys):
+    """One bit of one weight flipped on the disk, in files of the right size."""
+    from solar_mega.checkpoint.command import verify as verb
+
+    copy = tmp_path / "megatron"
+    shutil.copytree(both["four to one"] / "megatron", copy)
+    assert verb([str(source), str(copy), "--layer-map", "dus:1"]) == 0
+    path = CheckpointStore(copy).latest()
+    first_row = HFDirectory(source).tensors.read("model.layers.2.self_attn.o_proj.weight")[0].numpy()
+    needle = first_row[: len(first_row) // 2].tobytes()  # written by two ranks, half a row each
+    flipped = 0
+    for file in path.glob("*.distcp"):
+        data = bytearray(file.read_bytes())
+        at = data.find(needle)
+        if at >= 0:
+            data[at] ^= 1
+            file.write_bytes(data)
+            flipped += 1
+    assert flipped
+    assert verb([str(source), str(copy), "--layer-map", "dus:1"]) == 1
+    assert "self_attn.o_proj.weight at [0, 0]" in capsys.readouterr().out
+
+
+def test_a_changed_dtype_is_kept_and_verified(source, both):
+    from solar_mega.checkpoint.command import verify as verb
+
+    megatron, hf = both["one to four"] / "narrow", both["one to four"] / "narrow_back"
+    assert HFDirectory(hf).config["dtype"] == "bfloat16"
+    assert verb([str(source), str(megatron), "--dtype", "bf16"]) == 0
+    assert verb([str(source), str(hf), "--dtype", "bf16"]) == 0
+    assert verb([str(megatron), str(hf)]) == 0
+    assert verb([str(source), str(hf)]) == 1
