@@ -1,6 +1,7 @@
 // Runs CUDA kernel bodies (csrc/cuda/*.cuh) on the CPU, faithfully enough to catch mistakes of index, mask, barrier
-// and reduction: every CUDA thread is a fiber, all fibers of a block run until the next barrier or warp shuffle, in an
-// order shuffled anew each time. Blocks run one after the other, in shuffled order, each with shared memory full of NaN.
+// and reduction: every CUDA thread is a fiber; warps run in shuffled order, each as far as the next barrier, their lanes
+// in shuffled order from one warp shuffle to the next. Blocks run one after the other, shuffled too, each with shared
+// memory full of NaN.
 //
 // Include this first, then the kernels' header, and call run_grid(grid, block, seed, [&] { kernel<...>(args); }).
 
@@ -86,21 +87,26 @@ inline void fiber_main() {
   swapcontext(&machine.running->context, &machine.scheduler);
 }
 
-// A warp's shuffle completes when its 32 lanes are all there; a barrier when every thread of the block is.
-inline bool release(int warps) {
-  auto& fibers = machine.fibers;
-  bool released = false;
-  for (int w = 0; w < warps; ++w) {
-    const auto begin = fibers.begin() + 32 * w, end = begin + 32;
-    if (std::all_of(begin, end, [](const Fiber& f) { return f.state == Fiber::at_shuffle; })) {
-      for (auto f = begin; f != end; ++f) f->state = Fiber::ready;
-      released = true;
+// Runs one warp, lanes in shuffled order, until it waits at a barrier or is done. A shuffle completes when all 32
+// lanes are at it.
+inline void run_warp(int warp, std::mt19937& random) {
+  const auto begin = machine.fibers.begin() + 32 * warp, end = begin + 32;
+  const auto all = [&](auto state) { return std::all_of(begin, end, [&](const Fiber& f) { return f.state == state; }); };
+  std::vector<Fiber*> lanes;
+  for (auto f = begin; f != end; ++f) lanes.push_back(&*f);
+  do {
+    for (Fiber* f : lanes)
+      if (f->state == Fiber::at_shuffle) f->state = Fiber::ready;
+    std::shuffle(lanes.begin(), lanes.end(), random);
+    for (Fiber* f : lanes) {
+      if (f->state != Fiber::ready) continue;
+      machine.running = f;
+      swapcontext(&machine.scheduler, &f->context);
     }
-  }
-  if (released) return true;
-  if (!std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == Fiber::at_barrier; })) return false;
-  for (Fiber& f : fibers) f.state = Fiber::ready;
-  return true;
+  } while (all(Fiber::at_shuffle));
+  if (all(Fiber::at_barrier) || all(Fiber::done)) return;
+  std::fprintf(stderr, "cuda_on_host: the lanes of a warp diverged at a barrier or shuffle\n");
+  std::abort();
 }
 
 inline void run_block(std::mt19937& random) {
@@ -114,20 +120,21 @@ inline void run_block(std::mt19937& random) {
     f.state = Fiber::ready;
     makecontext(&f.context, fiber_main, 0);
   }
-  std::vector<int> order(fibers.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
-  while (true) {
-    std::shuffle(order.begin(), order.end(), random);
-    for (int i : order) {
-      if (fibers[i].state != Fiber::ready) continue;
-      machine.running = &fibers[i];
-      swapcontext(&machine.scheduler, &fibers[i].context);
-    }
-    if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == Fiber::done; })) return;
-    if (!release(static_cast<int>(fibers.size()) / 32)) {
-      std::fprintf(stderr, "cuda_on_host: threads of a block diverged at a barrier or shuffle\n");
+  std::vector<int> warps(fibers.size() / 32);
+  for (size_t w = 0; w < warps.size(); ++w) warps[w] = static_cast<int>(w);
+  const auto all = [&](auto state) {
+    return std::all_of(fibers.begin(), fibers.end(), [&](const Fiber& f) { return f.state == state; });
+  };
+  // Each warp runs as far ahead of the others as barriers let it, which is what brings races to light.
+  while (!all(Fiber::done)) {
+    std::shuffle(warps.begin(), warps.end(), random);
+    for (int warp : warps) run_warp(warp, random);
+    if (all(Fiber::done)) return;
+    if (!all(Fiber::at_barrier)) {
+      std::fprintf(stderr, "cuda_on_host: the warps of a block diverged at a barrier\n");
       std::abort();
     }
+    for (Fiber& f : fibers) f.state = Fiber::ready;
   }
 }
 
