@@ -22,7 +22,9 @@ def plot(runs: Runs, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 10, "axes.edgecolor": _INK, "text.color": _INK, "axes.labelcolor": _INK})
+    plt.rcParams.update(
+        {"font.size": 10, "axes.edgecolor": _INK, "text.color": _INK, "axes.labelcolor": _INK}
+    )
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.8), sharey=True, width_ratios=(3, 2))
     grown_at = runs.base.tokens[-1]
     for name, (label, colour, width, dashes) in _STYLE.items():
@@ -32,7 +34,13 @@ def plot(runs: Runs, path: Path) -> None:
             style["dashes"] = dashes
         left.plot([(grown_at + t) / 1e6 for t in curve.tokens], curve.val_loss, **style)
         right.plot([f / 1e12 for f in curve.flops], curve.val_loss, **style)
-    left.plot([t / 1e6 for t in runs.base.tokens], runs.base.val_loss, color=_INK, linewidth=1.6, label="8-layer base")
+    left.plot(
+        [t / 1e6 for t in runs.base.tokens],
+        runs.base.val_loss,
+        color=_INK,
+        linewidth=1.6,
+        label="8-layer base",
+    )
     low, high = _limits(runs)
     for axis in (left, right):
         axis.axhline(runs.base.end, color=_INK, linewidth=0.8, linestyle=":", zorder=1)
@@ -46,6 +54,7 @@ def plot(runs: Runs, path: Path) -> None:
     right.set_title("the same, over compute", fontsize=10)
     left.set_title("grown by depth, then trained on", fontsize=10)
     left.legend(frameon=False, fontsize=9, loc="upper right")
+    _inset_whole_story(right, runs)
     figure.tight_layout()
     figure.savefig(path, dpi=160)
     plt.close(figure)
@@ -71,9 +80,9 @@ def _annotate_left(axis, runs: Runs, grown_at: int, high: float) -> None:
         fontsize=9,
     )
     axis.annotate(
-        f"growth: {runs.base.end:.3f} → {runs.grown.start:.3f}",
+        f"growth:\n{runs.base.end:.3f} → {runs.grown.start:.3f}",
         (grown_at / 1e6, runs.grown.start),
-        xytext=(-12, 34),
+        xytext=(-24, 30),
         textcoords="offset points",
         ha="right",
         fontsize=9,
@@ -91,3 +100,19 @@ def _annotate_left(axis, runs: Runs, grown_at: int, high: float) -> None:
             arrowprops={"arrowstyle": "->", "color": _STYLE["grown"][1], "linewidth": 1.2},
             color=_STYLE["grown"][1],
         )
+
+
+def _inset_whole_story(axis, runs: Runs) -> None:
+    """Small picture of everything from the first token: there the run from scratch is in sight."""
+    inset = axis.inset_axes((0.46, 0.56, 0.52, 0.38))
+    grown_at = runs.base.tokens[-1]
+    inset.plot([t / 1e6 for t in runs.base.tokens], runs.base.val_loss, color=_INK, linewidth=1.2)
+    for name, (_, colour, _, dashes) in _STYLE.items():
+        curve: Curve = getattr(runs, name)
+        style = {"dashes": dashes} if dashes else {}
+        inset.plot(
+            [(grown_at + t) / 1e6 for t in curve.tokens], curve.val_loss, color=colour, linewidth=1.2, **style
+        )
+    inset.set_title("from the first token (million)", fontsize=8)
+    inset.tick_params(labelsize=7)
+    inset.spines[["top", "right"]].set_visible(False)
