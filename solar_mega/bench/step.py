@@ -1,8 +1,9 @@
 """`solar-mega bench step`: one training step, ours beside the peers, in one process on the same batch.
 
-Peers: transformers with torch's AdamW (fused, as its Trainer defaults to), and megatron-core's own local layer
-spec with the optimizer it picks itself. All start from the same weights. Steps are taken in turns, one of each per
-round, so that a busy machine slows all alike; the figure is the median over rounds of the paired ratio.
+Peers: transformers with torch's AdamW (fused, as its Trainer defaults to), and megatron-core's own local
+layer spec with the optimizer it picks itself. All start from the same weights. Steps are taken in turns, one
+of each per round, so that a busy machine slows all alike; the figure is the median over rounds of the paired
+ratio.
 """
 
 import statistics
@@ -30,7 +31,8 @@ from solar_mega.train.step import Trainer, next_token_loss
 
 @dataclass(frozen=True)
 class StepBench:
-    """Time one training step of this project, of transformers and of stock megatron-core, paired in one run."""
+    """Time one training step of this project, of transformers and of stock megatron-core, paired in one
+    run."""
 
     layers: int = 8
     """Decoder layers."""
@@ -66,7 +68,8 @@ class Result:
 
 
 def run(options: StepBench) -> dict:
-    """Run the benchmark, print a table, return (and write) the result. Raises UserError for an unknown peer."""
+    """Run the benchmark, print a table, return (and write) the result. Raises UserError for an unknown
+    peer."""
     unknown = set(options.peers) - set(_BUILDERS)
     if unknown:
         raise UserError(f"--peers {' '.join(sorted(unknown))}: unknown; allowed: {' '.join(_BUILDERS)}")
@@ -200,7 +203,12 @@ def _megatron_step(chunks, o: StepBench, wrapped, tuned: bool) -> Step:
     counted = torch.ones(o.batch, s, device=ranks.device())
 
     def step(tokens: torch.Tensor) -> float:
-        batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions, "loss_mask": counted}
+        batch = {
+            "tokens": tokens[:, :-1],
+            "labels": tokens[:, 1:],
+            "position_ids": positions,
+            "loss_mask": counted,
+        }
         return trainer.step(iter([batch]), 1).loss
 
     return step
@@ -213,7 +221,9 @@ def _transformers(arch: Architecture, o: StepBench) -> Step:
     config = LlamaConfig(**config, rms_norm_eps=arch.norm_eps, attn_implementation="sdpa")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(ranks.device())
     weights = RandomWeights(arch, _SEED)
-    model.load_state_dict({name: weights.read_rows(name, 0, shape[0]) for name, shape in hf_shapes(arch).items()})
+    model.load_state_dict(
+        {name: weights.read_rows(name, 0, shape[0]) for name, shape in hf_shapes(arch).items()}
+    )
     model.train()
     c = _OPTIMIZER
     decayed = [p for p in model.parameters() if p.dim() > 1]

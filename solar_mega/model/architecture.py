@@ -13,7 +13,8 @@ from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import Problems
 
 FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
-"""Hugging Face `architectures` entry -> family. Both are the Llama 2 block the paper grows; SOLAR itself is Llama."""
+"""Hugging Face `architectures` entry -> family. Both are the Llama 2 block the paper grows; SOLAR itself is
+Llama."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Rope:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A Llama-shaped decoder. Sizes are counts of elements; `num_query_groups` is the number of key/value heads."""
+    """A Llama-shaped decoder. Sizes are counts of elements; `num_query_groups` is the number of key/value
+    heads."""
 
     family: str
     num_layers: int
@@ -79,7 +81,13 @@ class Architecture:
         """
         problems = Problems()
         family = _family(config, problems)
-        required = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+        required = (
+            "num_hidden_layers",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "vocab_size",
+        )
         for key in required:
             if not isinstance(config.get(key), int) or config[key] < 1:
                 problems.add(f"{key} = {config.get(key)!r}; it must be a positive integer")
@@ -117,7 +125,9 @@ class Architecture:
         """The same decoder at the depth of `layer_map`; per-layer lists of the config follow the map."""
         from solar_mega.artifact.hf import grown_config
 
-        return replace(self, num_layers=len(layer_map), hf_config=grown_config(dict(self.hf_config), layer_map))
+        return replace(
+            self, num_layers=len(layer_map), hf_config=grown_config(dict(self.hf_config), layer_map)
+        )
 
     def parameters(self) -> int:
         """Number of weights, tied embeddings counted once."""
@@ -134,9 +144,10 @@ class Architecture:
     def flops_per_token(self, seq_length: int) -> float:
         """Floating-point operations to train on one token: forward and backward, recomputation not counted.
 
-        Six per weight of every matrix product (2 forward, 4 backward), the head included and the embedding look-up
-        not, plus attention scores and values: 12 * layers * heads * head_dim * seq_length, halved because a
-        causal token sees half the sequence on average (PaLM, arXiv 2204.02311, appendix B, with causality).
+        Six per weight of every matrix product (2 forward, 4 backward), the head included and the embedding
+        look-up not, plus attention scores and values: 12 * layers * heads * head_dim * seq_length, halved
+        because a causal token sees half the sequence on average (PaLM, arXiv 2204.02311, appendix B, with
+        causality).
         """
         norms = 2 * self.hidden_size
         matrices = self.num_layers * (self.layer_parameters() - norms) + self.vocab_size * self.hidden_size
@@ -156,7 +167,8 @@ def _family(config: Mapping[str, Any], problems: Problems) -> str:
 
 
 def _refuse_unsupported(config: Mapping[str, Any], problems: Problems) -> None:
-    """Options of the families that would change the function and that the Megatron block here does not carry."""
+    """Options of the families that would change the function and that the Megatron block here does not
+    carry."""
     allowed = {
         "hidden_act": ("silu",),
         "attention_bias": (False, None),
@@ -170,7 +182,8 @@ def _refuse_unsupported(config: Mapping[str, Any], problems: Problems) -> None:
 
 
 def _rope(config: Mapping[str, Any], problems: Problems) -> Rope:
-    """transformers 5 keeps everything in `rope_parameters`; 4 has `rope_theta` and `rope_scaling` side by side."""
+    """transformers 5 keeps everything in `rope_parameters`; 4 has `rope_theta` and `rope_scaling` side by
+    side."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = scaling.get("rope_theta", config.get("rope_theta", 10000.0))
     kind = scaling.get("rope_type", scaling.get("type", "default"))

@@ -33,23 +33,29 @@ def build_model(
 ) -> list[GPTModel]:
     """This rank's part of the decoder. Process groups must exist (`runtime.parallel.start`).
 
-    The weights are allocated and not initialised: `checkpoint.from_hf` or `checkpoint.megatron` fills every one.
+    The weights are allocated and not initialised: `checkpoint.from_hf` or `checkpoint.megatron` fills every
+    one.
 
     Returns:
         One chunk per virtual stage, in pipeline order. `chunk(tokens, position_ids, None)` gives logits
-        [b, s, vocab / tp] on the last stage and hidden states elsewhere; with `labels=` per-token losses [b, s].
+        [b, s, vocab / tp] on the last stage and hidden states elsewhere; with `labels=` per-token losses [b,
+        s].
 
     Raises:
         UserError: the decoder does not fit the layout; all reasons listed.
     """
-    check_layout(arch, parallel, max_sequence_length).raise_if_any("the model does not fit the parallel layout")
+    check_layout(arch, parallel, max_sequence_length).raise_if_any(
+        "the model does not fit the parallel layout"
+    )
     kernels = kernels or KernelConfig()
     config = transformer_config(arch, parallel, precision, recompute)
     stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
     return [_build_chunk(arch, config, kernels, max_sequence_length, stage) for stage in stages]
 
 
-def build_for_training(arch: Architecture, parallel: ParallelConfig, train: TrainConfig, kernels: KernelConfig):
+def build_for_training(
+    arch: Architecture, parallel: ParallelConfig, train: TrainConfig, kernels: KernelConfig
+):
     return build_model(arch, parallel, train.precision, kernels, train.recompute, train.seq_length)
 
 
@@ -84,7 +90,8 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
-        # Weights come from a checkpoint or from `checkpoint.random_weights`, never from Megatron's initialisers.
+        # Weights come from a checkpoint or from `checkpoint.random_weights`, never from Megatron's
+        # initialisers.
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
         calculate_per_token_loss=True,
@@ -131,8 +138,8 @@ def _build_chunk(
 
 
 def _mark_tensor_parallel_weights(chunk: GPTModel) -> None:
-    """Megatron marks split weights while it initialises them, which is skipped here. Without the marks they would
-    count once instead of once per rank in the gradient norm."""
+    """Megatron marks split weights while it initialises them, which is skipped here. Without the marks they
+    would count once instead of once per rank in the gradient norm."""
     split_axis = {
         tensor_parallel.ColumnParallelLinear: 0,
         tensor_parallel.RowParallelLinear: 1,
@@ -143,4 +150,6 @@ def _mark_tensor_parallel_weights(chunk: GPTModel) -> None:
         if axis is not None and getattr(module, "weight", None) is not None:
             weight = module.weight
             if not getattr(weight, "tensor_model_parallel", False):
-                tensor_parallel.set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=axis, stride=1)
+                tensor_parallel.set_tensor_model_parallel_attributes(
+                    weight, is_parallel=True, dim=axis, stride=1
+                )

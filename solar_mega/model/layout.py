@@ -15,17 +15,20 @@ def check_layout(arch: Architecture, parallel: ParallelConfig, seq_length: int |
     }
     for what, size in splits.items():
         if size % parallel.tp:
-            problems.add(f"parallel.tp = {parallel.tp} does not divide the model's {size} {what}; {_divisors(size)}")
+            problems.add(
+                f"parallel.tp = {parallel.tp} does not divide the model's {size} {what}; {_divisors(size)}"
+            )
     if arch.vocab_size % parallel.tp:
         problems.add(
-            f"parallel.tp = {parallel.tp} does not divide the vocabulary of {arch.vocab_size} tokens; use a tp that "
-            "does, or enlarge the source's embeddings to a multiple of it (transformers' resize_token_embeddings)"
+            f"parallel.tp = {parallel.tp} does not divide the vocabulary of {arch.vocab_size} tokens; use "
+            "a tp that does, or enlarge the source's embeddings to a multiple of it (transformers' "
+            "resize_token_embeddings)"
         )
     chunks = parallel.pp * parallel.vpp
     if arch.num_layers % chunks:
         problems.add(
-            f"parallel.pp * parallel.vpp = {parallel.pp} * {parallel.vpp} = {chunks} does not divide the grown "
-            f"model's {arch.num_layers} layers; {_divisors(arch.num_layers)}"
+            f"parallel.pp * parallel.vpp = {parallel.pp} * {parallel.vpp} = {chunks} does not divide the "
+            f"grown model's {arch.num_layers} layers; {_divisors(arch.num_layers)}"
         )
     if seq_length is not None and seq_length > arch.max_position_embeddings:
         problems.add(
@@ -38,7 +41,7 @@ def check_layout(arch: Architecture, parallel: ParallelConfig, seq_length: int |
 def layers_of_chunk(num_layers: int, parallel: ParallelConfig, pp_rank: int, chunk: int) -> range:
     """Global layer numbers (from 0) that chunk `chunk` of pipeline rank `pp_rank` holds, in Megatron's order.
 
-        pp = 2, vpp = 2, 8 layers:      rank 0: [0 1] [4 5]      rank 1: [2 3] [6 7]
+    pp = 2, vpp = 2, 8 layers:      rank 0: [0 1] [4 5]      rank 1: [2 3] [6 7]
     """
     per_chunk = num_layers // (parallel.pp * parallel.vpp)
     start = (chunk * parallel.pp + pp_rank) * per_chunk

@@ -16,11 +16,13 @@ from solar_mega.ops import add_rms_norm, rms_norm
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019), fp32 statistics.
 
-    Serves sequence parallelism, which Megatron's torch norm refuses: the weight is marked so that its gradient is
-    summed over the tensor-parallel ranks, each of which sees only its part of the sequence.
+    Serves sequence parallelism, which Megatron's torch norm refuses: the weight is marked so that its
+    gradient is summed over the tensor-parallel ranks, each of which sees only its part of the sequence.
     """
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, implementation: str = "fused", **_) -> None:
+    def __init__(
+        self, config, hidden_size: int, eps: float = 1e-5, implementation: str = "fused", **_
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.implementation = implementation
@@ -41,10 +43,13 @@ class RMSNorm(nn.Module):
 class SDPAttention(nn.Module):
     """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
 
-    Grouped key/value heads stay grouped; a sliding window narrower than the sequence becomes an explicit mask.
+    Grouped key/value heads stay grouped; a sliding window narrower than the sequence becomes an explicit
+    mask.
     """
 
-    def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, softmax_scale=None, **_) -> None:
+    def __init__(
+        self, config, layer_number: int, attn_mask_type: AttnMaskType, softmax_scale=None, **_
+    ) -> None:
         super().__init__()
         self.scale = softmax_scale
         self.dropout = config.attention_dropout
@@ -53,7 +58,8 @@ class SDPAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs
     ) -> Tensor:
-        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n*d]. Raises ValueError for packed sequences."""
+        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n*d]. Raises ValueError for packed
+        sequences."""
         if kwargs.get("packed_seq_params") is not None:
             raise ValueError("SDPAttention takes unpacked [s, b, heads, d] sequences; got packed_seq_params")
         s, b = query.shape[:2]
@@ -85,7 +91,8 @@ class SolarLayer(TransformerLayer):
         └───────────────── add+norm ─ MLP ─ add ─ x'
                                 └───────────┘
 
-    The last add stays apart: its norm belongs to the next layer, and Megatron's block hands layers one tensor.
+    The last add stays apart: its norm belongs to the next layer, and Megatron's block hands layers one
+    tensor.
     """
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):

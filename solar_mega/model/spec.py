@@ -47,7 +47,8 @@ def solar_layer_spec(kernels: KernelConfig) -> ModuleSpec:
             self_attention=attention,
             pre_mlp_layernorm=provider.layer_norm(),
             mlp=get_mlp_module_spec_for_backend(backend=provider),
-            # Checkpoint keys as Transformer Engine spells them, so that either spec reads the other's checkpoints.
+            # Checkpoint keys as Transformer Engine spells them, so that either spec reads the other's
+            # checkpoints.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",

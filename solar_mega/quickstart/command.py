@@ -1,4 +1,5 @@
-"""`solar-mega quickstart prepare|report`: the two steps of launch/quickstart.sh that are not verbs of their own."""
+"""`solar-mega quickstart prepare|report`: the two steps of launch/quickstart.sh that are not verbs of their
+own."""
 
 import shutil
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
-"""What the quickstart shows at its end: report.json, the table, the picture, logits against transformers, text."""
+"""What the quickstart shows at its end: report.json, the table, the picture, logits against transformers,
+text."""
 
 import json
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ def write_report(root: Path, seconds: float) -> dict[str, Any]:
 
 
 def compare_with_transformers(run: Path) -> Comparison:
-    """Logits of the run's Megatron checkpoint (saved by two pipeline stages, loaded here by one process) against
-    transformers on its export, on the same text; then a few lines from transformers' generate."""
+    """Logits of the run's Megatron checkpoint (saved by two pipeline stages, loaded here by one process)
+    against transformers on its export, on the same text; then a few lines from transformers' generate."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -124,13 +125,14 @@ def _summary(runs: Runs, report: dict[str, Any], comparison: Comparison, root: P
     return "\n".join(
         (
             "",
-            f"The base: {human_count(report['parameters_base'])} parameters, {human_count(report['tokens_base'])} "
-            f"tokens, validation loss {runs.base.end:.3f}. Then {human_count(report['tokens_continued'])} tokens each:",
+            f"The base: {human_count(report['parameters_base'])} parameters, "
+            f"{human_count(report['tokens_base'])} tokens, validation loss {runs.base.end:.3f}. "
+            f"Then {human_count(report['tokens_continued'])} tokens each:",
             "",
             table(rows, headers),
             "",
-            f"The grown model ({human_count(report['parameters_grown'])} parameters) in transformers: logits differ by "
-            f"at most {report['logits_max_abs_diff']:.1e}. It writes:",
+            f"The grown model ({human_count(report['parameters_grown'])} parameters) in transformers: logits "
+            f"differ by at most {report['logits_max_abs_diff']:.1e}. It writes:",
             "",
             samples,
             f"{root}/loss.png, report.json, and the model itself in {root}/grown/hf   "

@@ -29,7 +29,9 @@ def install() -> None:
     """
     global _installed
     if torch.cuda.is_available():
-        raise RuntimeError("runtime.cpu.install() was called on a machine with CUDA; it is for CPU-only machines")
+        raise RuntimeError(
+            "runtime.cpu.install() was called on a machine with CUDA; it is for CPU-only machines"
+        )
     if _installed:
         return
     _installed = True
@@ -92,7 +94,9 @@ _CUDA = {
 def _patch_megatron_rng() -> None:
     """Megatron's RNG tracker (dropout, recompute) reads and writes the CPU generator instead of CUDA's."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "apex is not installed" and its kin: reported once, by runtime.parallel
+        warnings.simplefilter(
+            "ignore"
+        )  # "apex is not installed" and its kin: reported once, by runtime.parallel
         import megatron.core.tensor_parallel.random as megatron_random
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()

@@ -1,4 +1,5 @@
-"""Peak arithmetic of the GPUs this project is run on, for MFU. Unknown hardware has no MFU: the console says n/a."""
+"""Peak arithmetic of the GPUs this project is run on, for MFU. Unknown hardware has no MFU: the console says
+n/a."""
 
 import torch
 

@@ -1,6 +1,6 @@
 """Processes, devices and Megatron's process groups: started once, stopped once.
 
-    rank = tp + TP * (dp + DP * pp)         neighbouring ranks share a layer, distant ones a replica or a stage
+    rank = tp + TP * (dp + DP * pp)         neighbours share a layer, distant ranks a replica or stage
 
 NCCL where there is CUDA, gloo through `runtime.cpu` where there is not. A program started without torchrun is
 a world of one.
@@ -31,7 +31,8 @@ def start(parallel: ParallelConfig, seed: int = 1234, threads: int | None = None
     Raises:
         UserError: the world size is not tp * pp * dp.
     """
-    # megatron-core 0.16 calls collectives by names that torch 2.13 announces to rename; nothing for a user to act on.
+    # megatron-core 0.16 calls collectives by names that torch 2.13 announces to rename; nothing for a user to
+    # act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     check_world_size(parallel, int(os.environ.get("WORLD_SIZE", "1")))
     if torch.cuda.is_available():
@@ -76,13 +77,14 @@ def check_world_size(parallel: ParallelConfig, world: int) -> None:
     model = parallel.tp * parallel.pp
     if parallel.dp is not None and world != model * parallel.dp:
         raise UserError(
-            f"world size {world} is not parallel.tp * parallel.pp * parallel.dp = {parallel.tp} * {parallel.pp} * "
-            f"{parallel.dp} = {model * parallel.dp}; start {model * parallel.dp} processes or change the layout"
+            f"world size {world} is not parallel.tp * parallel.pp * parallel.dp = {parallel.tp} * "
+            f"{parallel.pp} * {parallel.dp} = {model * parallel.dp}; start {model * parallel.dp} processes or change the "
+            "layout"
         )
     if world % model:
         raise UserError(
-            f"world size {world} is not a multiple of parallel.tp * parallel.pp = {parallel.tp} * {parallel.pp} = "
-            f"{model}; start a multiple of {model} processes or change the layout"
+            f"world size {world} is not a multiple of parallel.tp * parallel.pp = {parallel.tp} * "
+            f"{parallel.pp} = {model}; start a multiple of {model} processes or change the layout"
         )
 
 
@@ -108,7 +110,8 @@ _control: dist.ProcessGroup | None = None
 
 
 def control_group() -> dist.ProcessGroup:
-    """A gloo group of all ranks for host-side traffic (decisions, objects, exported tensors). Collective on first use."""
+    """A gloo group of all ranks for host-side traffic (decisions, objects, exported tensors). Collective on
+    first use."""
     global _control
     if _control is None:
         _control = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
@@ -116,7 +119,8 @@ def control_group() -> dist.ProcessGroup:
 
 
 def agree(error: Exception | None) -> None:
-    """Collective. If any rank failed, all ranks raise: that rank its own error, the others a short note of it.
+    """Collective. If any rank failed, all ranks raise: that rank its own error, the others a short note of
+    it.
 
     Without this a rank that raises alone leaves the others waiting in their next collective.
     """
@@ -130,13 +134,22 @@ def agree(error: Exception | None) -> None:
         raise UserError(f"rank {failed[0][0]} failed: {failed[0][1]}")
 
 
+_joined = 0
+
+
 def _join_world() -> None:
     if dist.is_initialized():
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(minutes=30)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        global _joined
+        _joined += 1
+        store, my_rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        # The launcher's store outlives a world; without its own prefix a second one would meet the first one's
+        # addresses, and wait for processes that no longer listen.
+        store = dist.PrefixStore(f"world {_joined}", store)
+        dist.init_process_group(backend, store=store, rank=my_rank, world_size=world, timeout=timeout)
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

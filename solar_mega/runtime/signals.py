@@ -1,4 +1,5 @@
-"""Asked to stop? USR1 and TERM set a flag; the training loop looks at it between steps, on all ranks together."""
+"""Asked to stop? USR1 and TERM set a flag; the training loop looks at it between steps, on all ranks
+together."""
 
 import signal
 from types import FrameType

@@ -1,7 +1,8 @@
 """The training loop every stage shares: step, report, validate, save, stop when asked.
 
-The stage brings a Trainer (model, optimizer, loss) and data indexed by consumed samples; step k consumes samples
-[k * global_batch_size, (k + 1) * global_batch_size), so a resumed run under another layout sees the same data.
+The stage brings a Trainer (model, optimizer, loss) and data indexed by consumed samples; step k consumes
+samples [k * global_batch_size, (k + 1) * global_batch_size), so a resumed run under another layout sees the
+same data.
 """
 
 import time
@@ -66,7 +67,8 @@ def train(
     """Run steps `first_step` .. `config.steps`. Collective.
 
     Args:
-        save: saves the state after that many steps; called every `checkpoint.interval`, at the end, and on a signal.
+        save: saves the state after that many steps; called every `checkpoint.interval`, at the end, and on a
+        signal.
         metrics: rank 0's writer, None elsewhere.
 
     Raises:
@@ -107,16 +109,19 @@ def _validate(trainer: Trainer, feed: Feed) -> float | None:
 def _refuse(step: int, result: StepResult, config: TrainConfig) -> None:
     first = (step - 1) * config.global_batch_size
     raise UserError(
-        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so the weights were not "
-        f"updated. The batch was samples {first} to {first + config.global_batch_size - 1} of the training data. "
-        "Lower optimizer.lr, lengthen schedule.warmup_steps, or look at those samples; the last checkpoint is intact"
+        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so the weights were "
+        f"not updated. The batch was samples {first} to {first + config.global_batch_size - 1} of the "
+        "training data. Lower optimizer.lr, lengthen schedule.warmup_steps, or look at those samples; the "
+        "last checkpoint is intact"
     )
 
 
 class _Report:
     """Console line and metrics.jsonl."""
 
-    def __init__(self, work: Work, config: TrainConfig, metrics: MetricsWriter | None, first_step: int) -> None:
+    def __init__(
+        self, work: Work, config: TrainConfig, metrics: MetricsWriter | None, first_step: int
+    ) -> None:
         self.work, self.config, self.metrics = work, config, metrics
         self.started = self.line_time = time.perf_counter()
         self.first_step = self.line_step = first_step
@@ -165,11 +170,12 @@ class _Report:
         per_step = self.training_seconds / (step - self.first_step)
         per_rank = rate * self.work.flops_per_token / self.work.world
         mfu = "n/a" if self.work.peak_flops is None else f"{per_rank / self.work.peak_flops:.1%}"
+        left = per_step * (self.config.steps - step)
         say(
             f"step {step:>6}/{self.config.steps} {step / self.config.steps:>4.0%}  loss {result.loss:.4f}  "
             f"gnorm {result.grad_norm:.3f}  lr {result.lr:.2e}  {human_count(rate)} tok/s "
             f"({human_count(rate / self.work.world)}/rank)  {per_rank / 1e12:.3g} TFLOP/s  MFU {mfu}  "
-            f"mem {human_bytes(_memory())}  wait {waited:.1%}  ETA {human_seconds(per_step * (self.config.steps - step))}"
+            f"mem {human_bytes(_memory())}  wait {waited:.1%}  ETA {human_seconds(left)}"
         )
         self.line_time, self.line_step, self.line_wait = now, step, wait
 

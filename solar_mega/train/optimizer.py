@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -23,7 +27,8 @@ def wrap(chunks: Sequence[GPTModel], parallel: ParallelConfig) -> list[Distribut
         overlap_grad_reduce=False,
     )
     return [
-        # One bucket for all but the first chunk: later chunks' gradients are ready together (interleaved schedule).
+        # One bucket for all but the first chunk: later chunks' gradients are ready together (interleaved
+        # schedule).
         DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]

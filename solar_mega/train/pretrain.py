@@ -1,9 +1,9 @@
 """`solar-mega pretrain`: (continued) pretraining of a model grown through a layer map (paper, section 2).
 
-    prepare     read the source, apply the layer map, check everything that can be checked     no process group yet
-    build       groups, model, weights by rows, optimizer, schedule, data
-    train       the shared loop
-    export      a Hugging Face directory with its lineage
+- prepare: read the source, apply the layer map, check all that can be checked; no process group yet
+- build:   groups, model, weights by rows, optimizer, schedule, data
+- train:   the shared loop
+- export:  a Hugging Face directory with its lineage
 """
 
 from dataclasses import dataclass
@@ -84,10 +84,12 @@ def _resume_point(cfg: PretrainConfig, store: CheckpointStore) -> Path | None:
     latest = store.latest()
     if cfg.checkpoint.resume == "must" and latest is None:
         raise UserError(f'checkpoint.resume = "must", but {store.root} holds no complete checkpoint')
-    if cfg.checkpoint.resume == "never" and (latest is not None or (cfg.output.dir / "metrics.jsonl").exists()):
+    if cfg.checkpoint.resume == "never" and (
+        latest is not None or (cfg.output.dir / "metrics.jsonl").exists()
+    ):
         raise UserError(
-            f'output.dir = {str(cfg.output.dir)!r} already holds a run; checkpoint.resume = "never" does not write '
-            'over it. Choose another directory, or "auto" to continue'
+            f'output.dir = {str(cfg.output.dir)!r} already holds a run; checkpoint.resume = "never" does not '
+            'write over it. Choose another directory, or "auto" to continue'
         )
     return latest
 
@@ -183,7 +185,8 @@ def describe(cfg: PretrainConfig, prepared: Prepared, dp: int) -> str:
             f"size      {arch.num_layers} layers, {human_count(arch.parameters())} parameters "
             f"(source: {prepared.base.num_layers} layers, {human_count(prepared.base.parameters())})",
             f"layout    tp {parallel.tp} x pp {parallel.pp}{chunks} x dp {dp}, {run.precision}",
-            f"training  {run.steps} steps, {human_count(tokens)} tokens, {flops:.2e} FLOP -> {cfg.output.dir}",
+            f"training  {run.steps} steps, {human_count(tokens)} tokens, {flops:.2e} FLOP",
+            f"output    {cfg.output.dir}",
         )
     )
 

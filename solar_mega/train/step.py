@@ -1,7 +1,7 @@
 """One optimizer step and one validation, exact under every TP x PP x VPP x DP x micro-batch split.
 
-A loss is a pair (sum over counted tokens, number of counted tokens). Megatron adds both over micro-batches and
-data-parallel ranks and divides once, so the mean over the global batch does not depend on how it was cut.
+A loss is a pair (sum over counted tokens, number of counted tokens). Megatron adds both over micro-batches
+and data-parallel ranks and divides once, so the mean over the global batch does not depend on how it was cut.
 """
 
 import math
@@ -24,7 +24,8 @@ Batch = dict[str, Tensor]
 """tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] fp32."""
 
 TokenLoss = Callable[[torch.nn.Module, Batch], Tensor]
-"""(model chunk, batch) -> the chunk's output: on the last stage a loss per token [b, s], else hidden states."""
+"""(model chunk, batch) -> the chunk's output: on the last stage a loss per token [b, s], else hidden
+states."""
 
 
 def next_token_loss(chunk: torch.nn.Module, batch: Batch) -> Tensor:
@@ -61,7 +62,8 @@ class Trainer:
     """True when the chunks are virtual pipeline stages, each needing its own data iterator."""
 
     def step(self, batches: Iterator[Batch], micro_batches: int) -> StepResult:
-        """Forward and backward over `micro_batches` of this data-parallel rank, reduce, clip, update. Collective."""
+        """Forward and backward over `micro_batches` of this data-parallel rank, reduce, clip, update.
+        Collective."""
         self.optimizer.zero_grad()
         for chunk in self.chunks:
             chunk.train()
@@ -123,8 +125,8 @@ def _on_device(batch: Batch) -> Batch:
 def _clip(optimizer: ChainedOptimizer) -> float:
     """Global gradient norm; gradients scaled down to `clip_grad` when above it.
 
-    The first half of Megatron's `optimizer.step`, stopped where a norm that is not finite can still be refused:
-    Megatron only looks for one when it scales the loss, which bf16 and fp32 do not.
+    The first half of Megatron's `optimizer.step`, stopped where a norm that is not finite can still be
+    refused: Megatron only looks for one when it scales the loss, which bf16 and fp32 do not.
     """
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
