@@ -9,8 +9,10 @@ a world of one.
 import datetime
 import os
 import socket
+import sys
 import warnings
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,17 +33,12 @@ def start(parallel: ParallelConfig, seed: int = 1234, threads: int | None = None
     Raises:
         UserError: the world size is not tp * pp * dp.
     """
-    # megatron-core 0.16 calls collectives by names that torch 2.13 announces to rename; nothing for a user to
-    # act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     check_world_size(parallel, int(os.environ.get("WORLD_SIZE", "1")))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    else:
+    join_world()
+    if not torch.cuda.is_available():
         cpu.install()
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_ranks))
-    _join_world()
     parallel_state, tensor_parallel = _megatron()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
@@ -53,12 +50,13 @@ def start(parallel: ParallelConfig, seed: int = 1234, threads: int | None = None
 
 
 def stop() -> None:
-    """Leave the groups in order. Safe to call when nothing was started."""
+    """Leave the groups in order. Safe to call when nothing was started; `start` may follow again."""
     global _control
     if not dist.is_initialized():
         return
-    parallel_state, _ = _megatron()
-    parallel_state.destroy_model_parallel()
+    if "megatron.core.parallel_state" in sys.modules:
+        parallel_state, _ = _megatron()
+        parallel_state.destroy_model_parallel()
     _control = None
     dist.destroy_process_group()
 
@@ -78,8 +76,8 @@ def check_world_size(parallel: ParallelConfig, world: int) -> None:
     if parallel.dp is not None and world != model * parallel.dp:
         raise UserError(
             f"world size {world} is not parallel.tp * parallel.pp * parallel.dp = {parallel.tp} * "
-            f"{parallel.pp} * {parallel.dp} = {model * parallel.dp}; start {model * parallel.dp} processes or change the "
-            "layout"
+            f"{parallel.pp} * {parallel.dp} = {model * parallel.dp}; start {model * parallel.dp} processes "
+            "or change the layout"
         )
     if world % model:
         raise UserError(
@@ -118,15 +116,20 @@ def control_group() -> dist.ProcessGroup:
     return _control
 
 
+def gather(value: Any) -> list[Any]:
+    """Collective: what each rank gave, by rank. For small objects."""
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=control_group())
+    return values
+
+
 def agree(error: Exception | None) -> None:
     """Collective. If any rank failed, all ranks raise: that rank its own error, the others a short note of
     it.
 
     Without this a rank that raises alone leaves the others waiting in their next collective.
     """
-    texts: list[str | None] = [None] * world_size()
-    mine = None if error is None else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(texts, mine, group=control_group())
+    texts = gather(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     failed = [(r, text) for r, text in enumerate(texts) if text is not None]
@@ -134,20 +137,37 @@ def agree(error: Exception | None) -> None:
         raise UserError(f"rank {failed[0][0]} failed: {failed[0][1]}")
 
 
+@contextmanager
+def together():
+    """Collective: the block ends well on all ranks, or raises on all (see `agree`). No collectives inside."""
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    agree(error)
+
+
 _joined = 0
 
 
-def _join_world() -> None:
+def join_world() -> None:
+    """The process group of all ranks, without Megatron's; `start` calls it. Does nothing when it exists."""
     if dist.is_initialized():
         return
+    # megatron-core 0.16 calls collectives by names that torch 2.13 announces to rename; nothing for a user to
+    # act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(minutes=30)
     if "WORLD_SIZE" in os.environ:
         global _joined
         _joined += 1
         store, my_rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        # The launcher's store outlives a world; without its own prefix a second one would meet the first one's
-        # addresses, and wait for processes that no longer listen.
+        # The launcher's store outlives a world; without its own prefix a second one would meet the addresses
+        # of the first, and wait for sockets that no longer listen.
         store = dist.PrefixStore(f"world {_joined}", store)
         dist.init_process_group(backend, store=store, rank=my_rank, world_size=world, timeout=timeout)
         return

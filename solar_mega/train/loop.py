@@ -64,7 +64,9 @@ def train(
     save: Callable[[int], None],
     first_step: int = 0,
 ) -> Outcome:
-    """Run steps `first_step` .. `config.steps`. Collective.
+    """Run steps `first_step` + 1 .. `config.steps`. Collective.
+
+    A step is validated before it is saved, so that a run resumed from it has the validation in its metrics.
 
     Args:
         save: saves the state after that many steps; called every `checkpoint.interval`, at the end, and on a
@@ -75,7 +77,6 @@ def train(
         UserError: loss or gradient not finite. The update was not made and the last checkpoint stands.
     """
     report = _Report(work, config, metrics, first_step)
-    last_saved = first_step
     with StopRequest() as stop:
         if first_step == 0:
             report.validation(0, _validate(trainer, feed))
@@ -84,19 +85,16 @@ def train(
             if not result.updated:
                 _refuse(step, result, config)
             report.step(step, result, feed.wait_seconds())
-            if config.eval_interval and step % config.eval_interval == 0 and step < config.steps:
+            last = step == config.steps
+            if last or (config.eval_interval and step % config.eval_interval == 0):
                 report.validation(step, _validate(trainer, feed))
             asked = stop.on_any_rank()
             due = checkpoint.interval and step % checkpoint.interval == 0
-            if asked or due or step == config.steps:
+            if asked or due or last:
                 save(step)
-                last_saved = step
-            if asked and step < config.steps:
+            if asked and not last:
                 say(f"{stop.received or 'a signal on another rank'}: saved at step {step}, leaving")
                 return Outcome(step, stop.received or "signal")
-        if last_saved < config.steps:
-            save(config.steps)
-        report.validation(config.steps, _validate(trainer, feed))
     return Outcome(config.steps, None)
 
 

@@ -84,20 +84,28 @@ def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
 def build_schedule(
     optimizer: MegatronOptimizer, config: ScheduleConfig, optimizer_config: OptimizerConfig, steps: int
 ) -> OptimizerParamScheduler:
-    """Linear warm-up, then cosine, WSD or constant; counted in optimizer steps."""
+    """Linear warm-up from 0, then cosine, WSD or constant. Step k (from 1) has the rate of k - 1 steps done.
+
+    A resumed schedule takes its position from the checkpoint, all else from the configuration at hand.
+    """
     wsd = config.kind == "wsd"
+    decay_steps = steps if wsd else (config.decay_steps or steps)
+    if config.kind == "constant":
+        decay_steps = config.warmup_steps + 1  # unused, but Megatron wants it beyond the warm-up
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=optimizer_config.lr,
         min_lr=optimizer_config.min_lr,
         lr_warmup_steps=config.warmup_steps,
-        lr_decay_steps=steps if wsd else (config.decay_steps or steps),
+        lr_decay_steps=decay_steps,
         lr_decay_style={"cosine": "cosine", "wsd": "WSD", "constant": "constant"}[config.kind],
         start_wd=optimizer_config.weight_decay,
         end_wd=optimizer_config.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
         wsd_decay_steps=(config.decay_steps or max(1, steps // 10)) if wsd else None,
         lr_wsd_decay_style=config.wsd_decay if wsd else None,
     )

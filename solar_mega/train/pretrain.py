@@ -12,6 +12,7 @@ from pathlib import Path
 from solar_mega.artifact.hf import HFDirectory
 from solar_mega.checkpoint.from_hf import check_source, load_weights
 from solar_mega.checkpoint.random_weights import RandomWeights
+from solar_mega.checkpoint.run_state import read_run_state
 from solar_mega.checkpoint.source import Source, open_source
 from solar_mega.checkpoint.store import CheckpointStore
 from solar_mega.config.check import check_pretrain
@@ -20,7 +21,7 @@ from solar_mega.config.schema import PretrainConfig
 from solar_mega.data.corpora import check_corpora
 from solar_mega.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from solar_mega.depth.layer_map import LayerMap
-from solar_mega.errors import UserError
+from solar_mega.errors import Problems, UserError
 from solar_mega.model.architecture import Architecture
 from solar_mega.model.layout import check_layout
 from solar_mega.runtime import parallel as ranks
@@ -50,9 +51,32 @@ def pretrain(cfg: PretrainConfig) -> Outcome:
 
     Raises UserError for bad input, before any work, and when the loss is no longer finite.
     """
-    prepared = prepare(cfg, ranks.world_size())
+    prepared = _prepare_together(cfg)
     with ranks.running(cfg.parallel, cfg.train.seed, cfg.train.threads):
         return _run(cfg, prepared)
+
+
+def _prepare_together(cfg: PretrainConfig) -> Prepared:
+    """`prepare` on every rank. A rank that fails alone (a node without the file system) fails them all, and
+    all resume from the same checkpoint."""
+    world = ranks.world_size()
+    if world == 1:
+        return prepare(cfg, world)
+    try:
+        ranks.join_world()
+        with ranks.together():
+            prepared = prepare(cfg, world)
+        seen = ranks.gather(prepared.resume_from)
+        if len(set(seen)) > 1:
+            raise UserError(
+                f"output.dir = {str(cfg.output.dir)!r}: the ranks see different checkpoints to resume from: "
+                f"{', '.join(sorted({str(path) for path in seen}))}; it must lie on a file system that all "
+                "nodes share"
+            )
+    except BaseException:
+        ranks.stop()
+        raise
+    return prepared
 
 
 def prepare(cfg: PretrainConfig, world: int) -> Prepared:
@@ -63,6 +87,11 @@ def prepare(cfg: PretrainConfig, world: int) -> Prepared:
     layer_map = LayerMap.parse(cfg.model.layer_map, base.num_layers)
     arch = base.grown(layer_map)
     problems = check_layout(arch, cfg.parallel, cfg.train.seq_length)
+    if layer_map.fresh and cfg.model.weights == "pretrained":
+        problems.add(
+            f'model.layer_map = "{layer_map}": target layers {", ".join(map(str, layer_map.fresh))} are '
+            "fresh, and the source has no weights for them; use a map that copies every layer"
+        )
     problems.raise_if_any("the model does not fit the run")
     if source.kind == "hf" and cfg.model.weights == "pretrained":
         check_source(HFDirectory(source.path).tensors, base, str(source.path))
@@ -91,7 +120,27 @@ def _resume_point(cfg: PretrainConfig, store: CheckpointStore) -> Path | None:
             f'output.dir = {str(cfg.output.dir)!r} already holds a run; checkpoint.resume = "never" does not '
             'write over it. Choose another directory, or "auto" to continue'
         )
+    if latest is not None:
+        _check_resumable(cfg, latest)
     return latest
+
+
+def _check_resumable(cfg: PretrainConfig, checkpoint: Path) -> None:
+    """The data position is counted in samples of one length, so neither their number per step nor their
+    length may change within a run."""
+    state = read_run_state(checkpoint)
+    problems = Problems()
+    if state.step > cfg.train.steps:
+        problems.add(f"train.steps = {cfg.train.steps}: the run is already at step {state.step}")
+    if state.step:
+        batch, tokens = state.consumed_samples // state.step, state.consumed_tokens // state.consumed_samples
+        if batch != cfg.train.global_batch_size:
+            problems.add(f"train.global_batch_size = {cfg.train.global_batch_size}: the run has {batch}")
+        if tokens != cfg.train.seq_length:
+            problems.add(f"train.seq_length = {cfg.train.seq_length}: the run has {tokens}")
+    problems.raise_if_any(
+        f"cannot resume from {checkpoint} (set these back, or give the new run its own output.dir)"
+    )
 
 
 def _run(cfg: PretrainConfig, prepared: Prepared) -> Outcome:
@@ -138,6 +187,7 @@ def _run(cfg: PretrainConfig, prepared: Prepared) -> Outcome:
             parallel={"tp": cfg.parallel.tp, "pp": cfg.parallel.pp, "vpp": cfg.parallel.vpp, "dp": dp},
             source=str(prepared.source.side_files.resolve()),
             lineage=_lineage(cfg, prepared, step),
+            seed=cfg.train.seed,
         )
         save_checkpoint(prepared.store, chunks, optimizer if cfg.checkpoint.save_optimizer else None, state)
 
@@ -148,7 +198,8 @@ def _run(cfg: PretrainConfig, prepared: Prepared) -> Outcome:
         peak_flops=peak_flops(cfg.train.precision),
     )
     feed = _feed(cfg, prepared, dp, parallel_state.get_data_parallel_rank(), first_step)
-    metrics = _open_metrics(cfg, first_step)
+    with ranks.together():
+        metrics = _open_metrics(cfg, first_step)
     outcome = train(trainer, feed, work, cfg.train, cfg.checkpoint, metrics, save, first_step)
     if outcome.stopped_by is None and cfg.output.export_hf:
         _export(cfg, prepared, chunks, outcome.step)
@@ -158,17 +209,19 @@ def _run(cfg: PretrainConfig, prepared: Prepared) -> Outcome:
 def _load_initial_weights(cfg: PretrainConfig, prepared: Prepared, chunks: list) -> None:
     if prepared.resume_from is not None:
         return
-    if cfg.model.weights == "random":
-        source = RandomWeights(prepared.arch, cfg.train.seed, cfg.model.init_std)
-        identity = LayerMap.parse("identity", prepared.arch.num_layers)
-        load_weights(chunks, source, prepared.arch, identity, cfg.parallel)
-    elif prepared.source.kind == "hf":
-        tensors = HFDirectory(prepared.source.path).tensors
-        load_weights(chunks, tensors, prepared.base, prepared.layer_map, cfg.parallel)
-    else:
+    if cfg.model.weights == "pretrained" and prepared.source.kind == "megatron":
         from solar_mega.checkpoint.megatron import load_checkpoint
 
         load_checkpoint(prepared.source.path, chunks, None, prepared.layer_map)
+        return
+    if cfg.model.weights == "random":
+        weights = RandomWeights(prepared.arch, cfg.train.seed, cfg.model.init_std)
+        arch, layer_map = prepared.arch, LayerMap.parse("identity", prepared.arch.num_layers)
+    else:
+        weights = HFDirectory(prepared.source.path).tensors
+        arch, layer_map = prepared.base, prepared.layer_map
+    with ranks.together():
+        load_weights(chunks, weights, arch, layer_map, cfg.parallel)
 
 
 def describe(cfg: PretrainConfig, prepared: Prepared, dp: int) -> str:
