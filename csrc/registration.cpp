@@ -18,6 +18,26 @@ STABLE_TORCH_LIBRARY(solar_mega, m) {
   m.def(
       "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dresidual=None, "
       "bool zero_centered=False) -> (Tensor dx, Tensor dweight)");
+  m.def(
+      "token_logprob(Tensor logits, Tensor targets, Tensor? mask, int vocab_size, float label_smoothing=0., "
+      "float z_loss=0., bool metrics=False) -> (Tensor logps, Tensor saved, Tensor entropy, Tensor hit)");
+  m.def(
+      "token_logprob_partial(Tensor logits, Tensor targets, Tensor? mask, int first_column, int vocab_size, "
+      "bool smooth=False, bool entropy=False) -> Tensor stats");
+  m.def(
+      "token_logprob_combine(Tensor stats, int vocab_size, float label_smoothing=0., float z_loss=0., "
+      "bool metrics=False) -> (Tensor logps, Tensor saved, Tensor entropy, Tensor hit)");
+  m.def(
+      "token_logprob_backward(Tensor dlogps, Tensor logits, Tensor targets, Tensor saved, int first_column, "
+      "int vocab_size, float label_smoothing=0., float z_loss=0.) -> Tensor dlogits");
+  m.def(
+      "token_logprob_backward_(Tensor dlogps, Tensor(a!) logits, Tensor targets, Tensor saved, int first_column, "
+      "int vocab_size, float label_smoothing=0., float z_loss=0.) -> ()");
+  m.def(
+      "dpo_loss(Tensor logps, Tensor cu_seqlens, Tensor? mask=None, Tensor? reference_logps=None, "
+      "Tensor? reference_token_logps=None, str variant=\"sigmoid\", float beta=0.1, float label_smoothing=0.0, "
+      "float rpo_alpha=0.0, bool rpo_per_sequence=False) -> (Tensor loss, Tensor nll, Tensor per_pair, Tensor sums, "
+      "Tensor counts, Tensor coefficients)");
 }
 
 namespace {
