@@ -70,10 +70,12 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t, Scala
       torch::headeronly::toString(wanted), because);
 }
 
-inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& reference) {
+// `where` names the argument that `reference` is.
+inline void check_device(
+    const char* op, const char* name, const Tensor& t, const Tensor& reference, const char* where = "x") {
   SOLAR_MEGA_CHECK(
       t.is_cpu() == reference.is_cpu() && t.get_device_index() == reference.get_device_index(),
-      op, ": ", name, " is on ", device_text(t), "; it must be on ", device_text(reference), ", where x is");
+      op, ": ", name, " is on ", device_text(t), "; it must be on ", device_text(reference), ", where ", where, " is");
 }
 
 inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x) {
