@@ -19,6 +19,12 @@ STABLE_TORCH_LIBRARY(solar_mega, m) {
       "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, Tensor? dresidual=None, "
       "bool zero_centered=False) -> (Tensor dx, Tensor dweight)");
   m.def(
+      "qkv_rotary(Tensor qkv, Tensor cos, Tensor sin, Tensor? positions, int queries_per_group, "
+      "bool interleaved=False) -> (Tensor q, Tensor k, Tensor v)");
+  m.def(
+      "qkv_rotary_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, Tensor? positions, "
+      "bool interleaved=False) -> Tensor dqkv");
+  m.def(
       "token_logprob(Tensor logits, Tensor targets, Tensor? mask, int vocab_size, float label_smoothing=0., "
       "float z_loss=0., bool metrics=False) -> (Tensor logps, Tensor saved, Tensor entropy, Tensor hit)");
   m.def(
