@@ -346,14 +346,14 @@ def dpo_loss(
     """Loss, rewards and the gradient's coefficients of packed preference pairs, in one pass.
 
     logps: float32 [T], log-probs of the tokens; differentiable once, through `loss`.
-    cu_seqlens: int32 [2P + 1]. Sequence 2i is the chosen and 2i + 1 the rejected response of pair i. Starts at
-    0, never decreases, ends at most at T; tokens after the end are padding.
+    cu_seqlens: int32 [2P + 1]; sequence 2i is the chosen and 2i + 1 the rejected response of pair i. Starts
+    at 0, never decreases, ends at most at T; tokens after the end are padding.
     mask: bool or float32 [T], the tokens that count, usually those of the response (as weights ≥ 0; default
     all). What does not count may be NaN.
     reference_logps: float64 or float32 [2P], the reference model's Σ w·logp per sequence (`DPOLoss.sums` of a
     call on its log-probs); or reference_token_logps: float32 [T]. With neither, the loss is reference-free.
-    variant: one of VARIANTS, each with formula and paper. beta: β > 0. label_smoothing: ε of sigmoid and robust,
-    0 ≤ ε < 0.5.
+    variant: one of VARIANTS, each with formula and paper. beta: β > 0. label_smoothing: ε of sigmoid and
+    robust, 0 ≤ ε < 0.5.
     rpo_alpha: ≥ 0, the weight of the SFT term: the negative log-likelihood of the chosen responses, as a mean
     over all chosen tokens of the call (`rpo_mean` "tokens", as TRL does) or over responses of their own means
     ("sequences", the same however pairs are split over micro-batches: Pang et al., "Iterative Reasoning

@@ -44,7 +44,7 @@ struct Fiber {
   uint3 index;
   int linear;
   enum { ready, at_barrier, at_shuffle, done } state = ready;
-  float value = 0; // offered to the warp's shuffle
+  double value = 0; // offered to the warp's shuffle; holds a float exactly
 };
 
 struct Machine {
@@ -159,11 +159,11 @@ inline void run_grid(dim3 grid, dim3 block, unsigned seed, const std::function<v
   }
 }
 
-inline float shuffle_xor(float value, int mask) {
+inline double shuffle_xor(double value, int mask) {
   Fiber* self = machine.running;
   self->value = value;
   machine.wait(Fiber::at_shuffle);
-  const float got = machine.fibers[self->linear ^ mask].value;
+  const double got = machine.fibers[self->linear ^ mask].value;
   machine.wait(Fiber::at_shuffle); // nobody offers the next value before all have read this one
   return got;
 }
@@ -176,5 +176,15 @@ inline float shuffle_xor(float value, int mask) {
 #define gridDim (::cuda_on_host::machine.grid_dim)
 
 inline void __syncthreads() { cuda_on_host::machine.wait(cuda_on_host::Fiber::at_barrier); }
-inline float __shfl_xor_sync(unsigned, float value, int mask) { return cuda_on_host::shuffle_xor(value, mask); }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  return static_cast<float>(cuda_on_host::shuffle_xor(value, mask));
+}
+inline double __shfl_xor_sync(unsigned, double value, int mask) { return cuda_on_host::shuffle_xor(value, mask); }
+// One thread runs at a time, and blocks one after the other.
+inline unsigned atomicAdd(unsigned* at, unsigned value) {
+  const unsigned before = *at;
+  *at += value;
+  return before;
+}
+inline void __threadfence() {}
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
