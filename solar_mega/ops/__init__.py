@@ -2,17 +2,30 @@
 
 from solar_mega.ops.dpo_loss import DPOLoss, dpo_loss, dpo_loss_reference
 from solar_mega.ops.library import available, build_info, report
+from solar_mega.ops.qkv_rotary import qkv_rotary, qkv_rotary_reference
 from solar_mega.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from solar_mega.ops.token_logprob import (
+    TokenMetrics,
+    token_logprob,
+    token_logprob_reference,
+    token_logprob_with_metrics,
+)
 
 __all__ = [
     "DPOLoss",
+    "TokenMetrics",
     "add_rms_norm",
     "add_rms_norm_reference",
     "available",
     "build_info",
     "dpo_loss",
     "dpo_loss_reference",
+    "qkv_rotary",
+    "qkv_rotary_reference",
     "report",
     "rms_norm",
     "rms_norm_reference",
+    "token_logprob",
+    "token_logprob_reference",
+    "token_logprob_with_metrics",
 ]
