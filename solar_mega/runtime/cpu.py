@@ -16,6 +16,7 @@ import functools
 import warnings
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "empty_like")
@@ -35,6 +36,9 @@ def install() -> None:
     if _installed:
         return
     _installed = True
+    # `with torch.device("meta")` knows the factories by identity and collects them on first use; let it have
+    # torch's own, or models that transformers loads afterwards are not built on "meta" and come out wrong.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name, replacement in _CUDA.items():
