@@ -41,19 +41,34 @@ def run_ranks(worker, ranks: int, *args, timeout: float = 300, env: dict | None 
             "PYTHONPATH": str(ROOT),
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         }
-        done = subprocess.run(
-            command,
-            env={**environment, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=ROOT,
-        )
+        done = _run(command, {**environment, **(env or {})}, timeout)
         if not check:
             return done
         if done.returncode:
             raise RankFailure(_of_the_ranks(done.stdout + done.stderr)[-6000:])
         return [pickle.loads(Path(folder, f"rank{r}.pkl").read_bytes()) for r in range(ranks)]
+
+
+def _run(command: list[str], environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess:
+    """subprocess.run, which on a timeout ends the ranks too and not their launcher alone."""
+    launcher = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        output, errors = launcher.communicate(timeout=timeout)
+    except BaseException:
+        import psutil
+
+        for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
+            process.kill()
+        launcher.communicate()
+        raise
+    return subprocess.CompletedProcess(command, launcher.returncode, output, errors)
 
 
 def _of_the_ranks(output: str) -> str:

@@ -137,6 +137,7 @@ def _report(measured: Result, arch: Architecture, o: StepBench) -> dict:
             "median_seconds": round(statistics.median(seconds), 5),
             "ours_over_this": round(ratio, 4),
             "tflops": round(rate * arch.flops_per_token(o.seq_length) / 1e12, 4),
+            "first_loss": round(measured.losses[name][0], 5),
             "final_loss": round(measured.losses[name][-1], 5),
         }
         rows.append((name, f"{rate:.0f}", f"{statistics.median(seconds) * 1e3:.1f}", f"{ratio:.3f}"))

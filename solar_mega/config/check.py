@@ -136,7 +136,15 @@ def _check_schedule(cfg: PretrainConfig, problems: Problems) -> None:
         problems.add(f"optimizer.min_lr = {cfg.optimizer.min_lr} is above optimizer.lr = {cfg.optimizer.lr}")
     if schedule.warmup_steps > steps:
         problems.add(f"schedule.warmup_steps = {schedule.warmup_steps} is above train.steps = {steps}")
+        return
     if schedule.decay_steps is None:
+        decay = {"cosine": 1, "wsd": max(1, steps // 10), "constant": 0}[schedule.kind]  # the least it takes
+        if schedule.warmup_steps + decay > steps:
+            problems.add(
+                f"schedule.warmup_steps = {schedule.warmup_steps} leaves {steps - schedule.warmup_steps} of "
+                f"train.steps = {steps} for the decay of schedule.kind = \"{schedule.kind}\", which takes "
+                f"{decay} or more; warm up for less or choose constant"
+            )
         return
     if schedule.kind == "cosine" and schedule.decay_steps <= schedule.warmup_steps:
         problems.add(

@@ -83,7 +83,8 @@ def compare_with_transformers(run: Path) -> Comparison:
     theirs = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     arch = Architecture.from_hf(open_source(export).config)
     text = Path(json.__file__).read_text()[:4000]
-    tokens = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"][:256]])
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = torch.tensor([ids[: min(256, arch.max_position_embeddings)]])
     with ranks.running(ParallelConfig()), torch.no_grad():
         (ours,) = build_model(arch, ParallelConfig(), "fp32")
         load_checkpoint(CheckpointStore(run / "checkpoints").latest(), [ours], None, None)

@@ -32,6 +32,7 @@ def config(tmp_path):
         (8, "--parallel.tp 2 --parallel.pp 2 --parallel.dp 2 --parallel.sequence_parallel"),
         (4, "--parallel.pp 2 --parallel.vpp 2 --train.micro_batch_size 4"),
         (1, "--schedule.kind wsd --schedule.warmup_steps 90 --schedule.decay_steps 10"),
+        (1, "--schedule.kind constant --schedule.warmup_steps 100"),
         (1, "--data.split 1 0 --data.valid other"),
         (1, "--data.split 1 0 --train.eval_samples 0"),
     ],
@@ -62,6 +63,8 @@ def test_good_ones_pass(config, world, words):
         ),
         (1, "--optimizer.lr 1e-5 --optimizer.min_lr 1e-4", "optimizer.min_lr = 0.0001 is above optimizer.lr"),
         (1, "--schedule.warmup_steps 101", "schedule.warmup_steps = 101 is above train.steps = 100"),
+        (1, "--schedule.warmup_steps 100", "leaves 0 of train.steps = 100 for the decay of schedule.kind"),
+        (1, "--schedule.warmup_steps 95 --schedule.kind wsd", "which takes 10 or more"),
         (1, "--schedule.warmup_steps 9 --schedule.decay_steps 9", "schedule.decay_steps = 9 must be above"),
         (
             1,
