@@ -178,6 +178,9 @@ class KernelConfig:
     rms_norm: Implementation = "fused"
     """RMSNorm and residual add: the compiled op or the PyTorch reference."""
 
+    rotary: Implementation = "fused"
+    """Split of the packed QKV and rotary embedding: the compiled op or the PyTorch reference."""
+
     attention: Literal["sdpa", "reference"] = "sdpa"
     """Core attention: PyTorch's scaled_dot_product_attention, or megatron-core's unfused softmax."""
 

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from solar_mega.config.schema import KernelConfig, ParallelConfig, Precision, TrainConfig
 from solar_mega.model.architecture import Architecture
 from solar_mega.model.layout import check_layout
+from solar_mega.model.rotary import RotaryPositions
 from solar_mega.model.spec import SolarSpecProvider, solar_layer_spec
 
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -113,14 +114,16 @@ def _build_chunk(
     vp_stage: int | None,
 ) -> GPTModel:
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    positions = max_sequence_length or arch.max_position_embeddings
     block = TransformerBlockSubmodules(
-        layer_specs=[solar_layer_spec(kernels)] * layers, layer_norm=SolarSpecProvider(kernels).layer_norm()
+        layer_specs=[solar_layer_spec(arch, kernels, positions)] * layers,
+        layer_norm=SolarSpecProvider(kernels).layer_norm(),
     )
     chunk = GPTModel(
         config,
         block,
         vocab_size=arch.vocab_size,
-        max_sequence_length=max_sequence_length or arch.max_position_embeddings,
+        max_sequence_length=positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=arch.tied_embeddings,
@@ -128,10 +131,8 @@ def _build_chunk(
         rotary_base=arch.rope.theta,
         vp_stage=vp_stage,
     )
-    # Megatron knows one rope scaling with fixed constants; the frequencies of the config replace its own.
+    chunk.rotary_pos_emb = RotaryPositions(chunk)
     _mark_tensor_parallel_weights(chunk)
-    frequencies = torch.tensor(arch.rope.inverse_frequencies(arch.head_dim), dtype=torch.float32)
-    chunk.rotary_pos_emb.inv_freq = frequencies.to(torch.cuda.current_device())
     if not torch.cuda.is_available():
         return chunk
     return chunk.cuda()

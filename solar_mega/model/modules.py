@@ -1,12 +1,9 @@
-"""The modules that replace Megatron's inside its own block: norm, core attention, layer.
+"""The modules that replace Megatron's inside its own block: norm and layer. Attention is in attention.py.
 
-Shapes:  s sequence, b batch, h hidden (per rank s/tp with sequence parallelism), n query heads per rank,
-         g key/value heads per rank, d head_dim.
+Shapes:  s sequence, b batch, h hidden (per rank s/tp with sequence parallelism).
 """
 
 import torch
-import torch.nn.functional as F
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
@@ -38,50 +35,6 @@ class RMSNorm(nn.Module):
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual) in one pass over memory."""
         return add_rms_norm(x, residual, self.weight, self.eps, implementation=self.implementation)
-
-
-class SDPAttention(nn.Module):
-    """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
-
-    Grouped key/value heads stay grouped; a sliding window narrower than the sequence becomes an explicit
-    mask.
-    """
-
-    def __init__(
-        self, config, layer_number: int, attn_mask_type: AttnMaskType, softmax_scale=None, **_
-    ) -> None:
-        super().__init__()
-        self.scale = softmax_scale
-        self.dropout = config.attention_dropout
-        self.window = config.window_size[0] + 1 if config.window_size else None
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs
-    ) -> Tensor:
-        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n*d]. Raises ValueError for packed
-        sequences."""
-        if kwargs.get("packed_seq_params") is not None:
-            raise ValueError("SDPAttention takes unpacked [s, b, heads, d] sequences; got packed_seq_params")
-        s, b = query.shape[:2]
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d], views
-        window = self.window if self.window is not None and self.window < s else None
-        context = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if window is None else _band(s, window, q.device),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=window is None,
-            scale=self.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return context.permute(2, 0, 1, 3).reshape(s, b, -1)
-
-
-def _band(s: int, window: int, device: torch.device) -> Tensor:
-    """[s, s], True where key j is visible to query i: i - window < j <= i."""
-    distance = torch.arange(s, device=device)[:, None] - torch.arange(s, device=device)[None, :]
-    return (distance >= 0) & (distance < window)
 
 
 class SolarLayer(TransformerLayer):

@@ -2,15 +2,16 @@
 
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from solar_mega.config.schema import KernelConfig
-from solar_mega.model.modules import RMSNorm, SDPAttention, SolarLayer
+from solar_mega.model.architecture import Architecture
+from solar_mega.model.attention import RotarySelfAttention, SDPAttention
+from solar_mega.model.modules import RMSNorm, SolarLayer
 
 
 class SolarSpecProvider(LocalSpecProvider):
@@ -26,18 +27,21 @@ class SolarSpecProvider(LocalSpecProvider):
         return SDPAttention if self.kernels.attention == "sdpa" else DotProductAttention
 
 
-def solar_layer_spec(kernels: KernelConfig) -> ModuleSpec:
+def solar_layer_spec(arch: Architecture, kernels: KernelConfig, max_positions: int) -> ModuleSpec:
     """One decoder layer: norm, attention over packed QKV, add+norm, gated MLP."""
     provider = SolarSpecProvider(kernels)
     attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        module=RotarySelfAttention,
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "rope": arch.rope,
+            "max_positions": max_positions,
+            "implementation": kernels.rotary,
+        },
         submodules=SelfAttentionSubmodules(
             linear_qkv=provider.column_parallel_linear(),
             core_attention=provider.core_attention(),
             linear_proj=provider.row_parallel_linear(),
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
         ),
     )
     return ModuleSpec(

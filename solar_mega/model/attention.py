@@ -1,0 +1,120 @@
+"""Self-attention: packed projection, split and rotary in one op, core attention, output projection.
+
+Shapes:  s sequence, b batch, h hidden, n query heads per rank, g key/value heads per rank, d head_dim.
+
+     [s, b, h] ─ linear_qkv ─ [s, b, g, (n/g + 2)·d] ─ qkv_rotary ─┬─ q [s, b, n, d] ─┐
+                                                                   ├─ k [s, b, g, d] ─┼─ core ─ linear_proj ─ [s, b, h]
+                                                                   └─ v [s, b, g, d] ─┘
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor, nn
+
+from solar_mega.model.architecture import Rope
+from solar_mega.model.rotary import rotary_tables
+from solar_mega.ops import qkv_rotary
+
+
+class RotarySelfAttention(SelfAttention):
+    """Megatron's self-attention, its parameters and their names, with split and rotary fused.
+
+    The key/value heads must be a multiple of the tensor-parallel size (`model.layout` checks).
+    """
+
+    def __init__(
+        self,
+        config,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        rope: Rope,
+        max_positions: int,
+        implementation: str = "fused",
+        **options,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, attn_mask_type, **options)
+        device = torch.device(torch.cuda.current_device())
+        self.tables = rotary_tables(rope, config.kv_channels, max_positions, device)
+        self.implementation = implementation
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params=None,
+        **_,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, h]; rotary_pos_emb: positions [s] or [s, b] int64, None for 0 … s − 1.
+
+        Returns (output [s, b, h], bias or None), as Megatron's.
+        """
+        mixed, _ = self.linear_qkv(hidden_states)
+        groups = self.num_query_groups_per_partition
+        query, key, value = qkv_rotary(
+            mixed.view(*mixed.shape[:2], groups, -1),
+            *self.tables,
+            self.num_attention_heads_per_partition // groups,
+            positions=rotary_pos_emb,
+            implementation=self.implementation,
+        )
+        if self.checkpoint_core_attention and self.training:
+            context = self._checkpointed_attention_forward(
+                query, key, value, attention_mask, packed_seq_params=packed_seq_params
+            )
+        else:
+            context = self.core_attention(
+                query,
+                key,
+                value,
+                attention_mask,
+                attn_mask_type=self.attn_mask_type,
+                attention_bias=None,
+                packed_seq_params=packed_seq_params,
+            )
+        return self.linear_proj(context)
+
+
+class SDPAttention(nn.Module):
+    """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
+
+    Grouped key/value heads stay grouped; a sliding window narrower than the sequence becomes an explicit mask.
+    """
+
+    def __init__(
+        self, config, layer_number: int, attn_mask_type: AttnMaskType, softmax_scale=None, **_
+    ) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+        self.dropout = config.attention_dropout
+        self.window = config.window_size[0] + 1 if config.window_size else None
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> Tensor:
+        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n*d]. Raises ValueError for packed sequences."""
+        if kwargs.get("packed_seq_params") is not None:
+            raise ValueError("SDPAttention takes unpacked [s, b, heads, d] sequences; got packed_seq_params")
+        s, b = query.shape[:2]
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d], views
+        window = self.window if self.window is not None and self.window < s else None
+        context = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if window is None else _band(s, window, q.device),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=window is None,
+            scale=self.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return context.permute(2, 0, 1, 3).reshape(s, b, -1)
+
+
+def _band(s: int, window: int, device: torch.device) -> Tensor:
+    """[s, s], True where key j is visible to query i: i - window < j <= i."""
+    distance = torch.arange(s, device=device)[:, None] - torch.arange(s, device=device)[None, :]
+    return (distance >= 0) & (distance < window)
