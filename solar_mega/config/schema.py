@@ -185,7 +185,10 @@ class KernelConfig:
     """Core attention: PyTorch's scaled_dot_product_attention, or megatron-core's unfused softmax."""
 
     token_loss: Implementation = "fused"
-    """Vocabulary-parallel cross entropy."""
+    """Vocabulary-parallel cross entropy: the compiled ops, or megatron-core's own over all logits."""
+
+    loss_logits_mib: int = 64
+    """MiB of logits that the fused loss holds at a time; 0 computes all of a micro-batch's logits at once."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from solar_mega.config.schema import KernelConfig, ParallelConfig, Precision, TrainConfig
 from solar_mega.model.architecture import Architecture
+from solar_mega.model.head import LossHead, SolarGPT
 from solar_mega.model.layout import check_layout
 from solar_mega.model.rotary import RotaryPositions
 from solar_mega.model.spec import SolarSpecProvider, solar_layer_spec
@@ -119,9 +120,10 @@ def _build_chunk(
         layer_specs=[solar_layer_spec(arch, kernels, positions)] * layers,
         layer_norm=SolarSpecProvider(kernels).layer_norm(),
     )
-    chunk = GPTModel(
+    chunk = SolarGPT(
         config,
         block,
+        kernels=kernels,
         vocab_size=arch.vocab_size,
         max_sequence_length=positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -143,6 +145,7 @@ def _mark_tensor_parallel_weights(chunk: GPTModel) -> None:
     would count once instead of once per rank in the gradient norm."""
     split_axis = {
         tensor_parallel.ColumnParallelLinear: 0,
+        LossHead: 0,
         tensor_parallel.RowParallelLinear: 1,
         tensor_parallel.VocabParallelEmbedding: 0,
     }

@@ -256,7 +256,8 @@ if library.available():
 def gathered(tensor: Tensor, group: Any) -> Tensor:
     """[...] of every rank of the group -> [ranks, ...], in rank order."""
     out = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
-    dist.all_gather_into_tensor(out, tensor, group=group)
+    # Flat: gloo wants the ranks in an existing dimension, NCCL does not care.
+    dist.all_gather_into_tensor(out.view(-1), tensor.view(-1), group=group)
     return out
 
 

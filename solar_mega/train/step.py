@@ -29,8 +29,9 @@ states."""
 
 
 def next_token_loss(chunk: torch.nn.Module, batch: Batch) -> Tensor:
-    """Causal language modelling: -log p(label | tokens before it)."""
-    return chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    """Causal language modelling: -log p(label | tokens before it), to be summed under the batch's loss mask."""
+    inputs = (batch["tokens"], batch["position_ids"], None)
+    return chunk(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
 
 
 @dataclass(frozen=True)
