@@ -7,6 +7,8 @@ from solar_mega.errors import UserError
 
 _HELP = """usage: solar-mega bench WHAT [OPTIONS]    solar-mega bench WHAT --help
 
+  kernels  our ops beside PyTorch's and installed peers', against the memory roofline
+  dpo      time and peak memory of the DPO loss from hidden states: all logits at once, ours, and peers'
   step     one training step, beside transformers and stock megatron-core"""
 
 
@@ -16,8 +18,17 @@ def bench(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     what, *words = argv
     if what == "step":
-        from solar_mega.bench.step import StepBench, run
+        from solar_mega.bench import step
 
-        run(parse_options(StepBench, words, "bench step"))
-        return 0
-    raise UserError(f"bench {what}: unknown; allowed: step")
+        step.run(parse_options(step.StepBench, words, "bench step"))
+    elif what == "kernels":
+        from solar_mega.bench import kernels
+
+        kernels.run(parse_options(kernels.KernelBench, words, "bench kernels"))
+    elif what == "dpo":
+        from solar_mega.bench import dpo
+
+        dpo.run(parse_options(dpo.DPOBench, words, "bench dpo"))
+    else:
+        raise UserError(f"bench {what}: unknown; allowed: kernels, dpo, step")
+    return 0
