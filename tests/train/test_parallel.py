@@ -1,10 +1,10 @@
 """The same twenty steps on every layout: losses and gradient norms agree at each step.
 
-Tolerance. All layouts compute the same sums in another order, so in fp32 a step's loss and gradient norm
-differ by a few units of 2^-24 = 6e-8, relative. Adam divides each gradient by its own size, so where a
+Tolerance. All layouts compute the same sums in another order, so in fp32 a step's loss and gradient norm differ
+by a few units of 2^-24 = 6e-8, relative (seen: 2e-7). Adam divides each gradient by its own size, so where a
 gradient is close to rounding noise its update carries that noise at full learning rate; with lr = 1e-3 and 20
-steps the weights of two layouts drift apart by some 1e-6 of their size. 1e-5 leaves room for that and is far
-below what a wrong split does (a dropped micro-batch, a gradient summed twice: above 1e-2).
+steps the weights of two layouts drift apart by up to 1e-6 of their size. 3e-6 leaves room for that and is far
+below what a wrong split does (a micro-batch dropped or weighted wrongly, a gradient summed twice: above 1e-3).
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from tests.distributed import run_ranks
 from tests.ranks import layout
 from tests.train.tiny import Case, one_rank, train
 
-TOLERANCE = 1e-5
+TOLERANCE = 3e-6
 PLAIN = Case()
 SP = dict(sequence_parallel=True)
 PLAIN_OPTIMIZER = dict(distributed_optimizer=False)
@@ -37,16 +37,13 @@ TWO_RANKS = {
     "tp2 sp": PLAIN.on(2, **SP),
     "dp2": PLAIN.on(),
     "dp2, without distributed optimizer": PLAIN.on(**PLAIN_OPTIMIZER),
-    "dp2, micro-batches of 1": replace(PLAIN.on(), micro_batch_size=1),
     "tp2, recompute full": replace(PLAIN.on(2, **SP), recompute="full"),
     "pp2, recompute selective": replace(PLAIN.on(1, 2), recompute="selective"),
     "tied, tp2": replace(PLAIN.on(2), tied=True),
     "tied, pp2": replace(PLAIN.on(1, 2), tied=True),
     "tied, pp2 vpp2": replace(PLAIN.on(1, 2, vpp=2), tied=True),
-    "tied, dp2": replace(PLAIN.on(), tied=True),
     "bf16, tp2": replace(PLAIN.on(2), precision="bf16"),
     "bf16, pp2": replace(PLAIN.on(1, 2), precision="bf16"),
-    "bf16, dp2": replace(PLAIN.on(), precision="bf16"),
 }
 FOUR_RANKS = {
     "tp2 pp2": PLAIN.on(2, 2),
