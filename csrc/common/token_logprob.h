@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "common/tensor.h"
@@ -95,6 +96,32 @@ inline void check_writable_rows(const char* op, const LogprobShape& shape) {
   SOLAR_MEGA_CHECK(
       apart || r.count == 0, op, ": rows of logits share memory (row strides ", r.inner_stride, " and ", r.outer_stride,
       ", ", shape.width, " columns); they cannot be overwritten. Call .contiguous() on logits");
+}
+
+inline Rows contiguous_rows(const LogprobShape& shape) {
+  return {shape.logits.count, shape.logits.count, shape.width, 0};
+}
+
+using LogprobTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// logps [...], saved [2, ...]: max and sum. entropy and hit [...], or empty when no metrics are wanted.
+struct LogprobOutputs {
+  Tensor logps, saved, entropy, hit;
+  bool metrics;
+
+  LogprobTuple tuple() const { return {logps, saved, entropy, hit}; }
+};
+
+inline LogprobOutputs empty_outputs(const std::vector<int64_t>& sizes, bool metrics, const Tensor& like) {
+  const std::vector<int64_t> none{0}, &wanted = metrics ? sizes : none;
+  std::vector<int64_t> pair{2};
+  pair.insert(pair.end(), sizes.begin(), sizes.end());
+  const auto make = [&](const std::vector<int64_t>& s, ScalarType dtype) {
+    return empty({s.data(), s.size()}, dtype, like);
+  };
+  return {
+      make(sizes, ScalarType::Float), make(pair, ScalarType::Float), make(wanted, ScalarType::Float),
+      make(wanted, ScalarType::Bool), metrics};
 }
 
 struct CombineShape {

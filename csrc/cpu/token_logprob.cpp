@@ -169,68 +169,58 @@ Tensor token_logprob_partial(
   return stats;
 }
 
+// The results of all rows, one row at a time.
 struct Results {
-  Tensor logps, saved, entropy, hit;
-  int64_t rows;
-  bool metrics;
+  float *logps, *max, *sum, *entropy;
+  bool* hit;
 
-  void set(int64_t row, const RowStats& s, const LossTerms& terms, int64_t vocab_size) {
+  Results(const LogprobOutputs& out, int64_t rows)
+      : logps(static_cast<float*>(out.logps.data_ptr())),
+        max(static_cast<float*>(out.saved.data_ptr())),
+        sum(max + rows),
+        entropy(out.metrics ? static_cast<float*>(out.entropy.data_ptr()) : nullptr),
+        hit(out.metrics ? static_cast<bool*>(out.hit.data_ptr()) : nullptr) {}
+
+  void set(int64_t row, const RowStats& s, const LossTerms& terms, int64_t vocab_size) const {
     const RowResult r = finish_row<double>(s, terms, vocab_size);
-    static_cast<float*>(logps.data_ptr())[row] = r.logp;
-    static_cast<float*>(saved.data_ptr())[row] = s.max;
-    static_cast<float*>(saved.data_ptr())[rows + row] = s.sum;
-    if (!metrics) return;
-    static_cast<float*>(entropy.data_ptr())[row] = r.entropy;
-    static_cast<bool*>(hit.data_ptr())[row] = r.hit;
+    logps[row] = r.logp, max[row] = s.max, sum[row] = s.sum;
+    if (entropy != nullptr) entropy[row] = r.entropy, hit[row] = r.hit;
   }
 };
 
-// Tensors that are not asked for are empty.
-Results results(const std::vector<int64_t>& sizes, int64_t rows, bool metrics, const Tensor& like) {
-  const std::vector<int64_t> none{0}, &wanted = metrics ? sizes : none;
-  std::vector<int64_t> pair{2};
-  pair.insert(pair.end(), sizes.begin(), sizes.end());
-  const auto make = [&](const std::vector<int64_t>& s, ScalarType dtype) {
-    return empty({s.data(), s.size()}, dtype, like);
-  };
-  return {
-      make(sizes, ScalarType::Float), make(pair, ScalarType::Float), make(wanted, ScalarType::Float),
-      make(wanted, ScalarType::Bool), rows, metrics};
-}
-
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-Outputs token_logprob(
+LogprobTuple token_logprob(
     const Tensor& logits, const Tensor& targets, std::optional<Tensor> mask, int64_t vocab_size, double label_smoothing,
     double z_loss, bool metrics) {
   const char* op = "token_logprob";
   const LogprobShape shape = check_logprob(op, logits, targets, mask, 0, vocab_size);
   const LossTerms terms = check_terms(op, label_smoothing, z_loss);
-  Results out = results(row_sizes(logits), shape.logits.count, metrics, logits);
+  const LogprobOutputs out = empty_outputs(row_sizes(logits), metrics, logits);
   if (targets.numel() > 0) {
+    const Results results(out, shape.logits.count);
     const Targets wanted = targets_of(op, targets, mask, vocab_size);
     for_each_row(
         shape, logits, wanted, metrics || terms.smoothing != 0, [&](int64_t row, bool counts, const RowStats& s) {
-          out.set(row, counts ? join_single(s) : s, terms, vocab_size);
+          results.set(row, counts ? join_single(s) : s, terms, vocab_size);
         });
   }
-  return {out.logps, out.saved, out.entropy, out.hit};
+  return out.tuple();
 }
 
-Outputs token_logprob_combine(
+LogprobTuple token_logprob_combine(
     const Tensor& stats, int64_t vocab_size, double label_smoothing, double z_loss, bool metrics) {
   const char* op = "token_logprob_combine";
   const LossTerms terms = check_terms(op, label_smoothing, z_loss);
   const bool smooth = terms.smoothing != 0;
   const CombineShape shape = check_combine(op, stats, smooth, metrics, vocab_size);
   const auto sizes = stats.sizes();
-  Results out = results({sizes.begin() + 2, sizes.end()}, shape.rows, metrics, stats);
+  const LogprobOutputs out = empty_outputs({sizes.begin() + 2, sizes.end()}, metrics, stats);
+  const Results results(out, shape.rows);
   const float* in = static_cast<const float*>(stats.data_ptr());
   torch::stable::parallel_for(0, shape.rows, kGrain / 8, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      out.set(row, join_shards(in, shape.shards, shape.rows, row, smooth, metrics), terms, vocab_size);
+      results.set(row, join_shards(in, shape.shards, shape.rows, row, smooth, metrics), terms, vocab_size);
   });
-  return {out.logps, out.saved, out.entropy, out.hit};
+  return out.tuple();
 }
 
 template <typename T>
@@ -276,8 +266,8 @@ Tensor token_logprob_backward(
   const char* op = "token_logprob_backward";
   const LogprobShape shape = check_logprob_backward(op, dlogps, logits, targets, saved, first_column, vocab_size);
   Tensor dlogits = empty(logits.sizes(), logits.scalar_type(), logits);
-  const Rows out{shape.logits.count, shape.logits.count, shape.width, 0};
-  backward(shape, dlogps, logits, targets, saved, check_terms(op, label_smoothing, z_loss), dlogits, out);
+  const LossTerms terms = check_terms(op, label_smoothing, z_loss);
+  backward(shape, dlogps, logits, targets, saved, terms, dlogits, contiguous_rows(shape));
   return dlogits;
 }
 

@@ -90,7 +90,19 @@ __device__ inline uint4 pack(const float (&v)[kLanes<T>]) {
   return bits;
 }
 
-// ---- sums: a fixed tree, so two runs agree to the bit, and every thread gets the same value
+// ---- 2^v in one instruction: relative error 2^-22, results below 2^-126 are 0
+
+__device__ inline float exp2_approx(float v) {
+#ifdef __CUDA_ARCH__
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
+#else
+  return exp2f(v);
+#endif
+}
+
+// ---- sums and maxima: a fixed tree, so two runs agree to the bit, and every thread gets the same value
 
 __device__ inline float warp_sum(float v) {
 #pragma unroll
@@ -110,6 +122,20 @@ __device__ inline float row_sum(float v, float* slots) {
   __syncthreads();
   v = 0;
   for (int w = 0; w < warps; ++w) v += slots[w];
+  return v;
+}
+
+// As row_sum, for the maximum (of numbers: NaNs are passed over).
+__device__ inline float row_max(float v, float* slots) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, mask));
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  if (warps == 1) return v;
+  slots += threadIdx.y * warps;
+  if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp] = v;
+  __syncthreads();
+  v = slots[0];
+  for (int w = 1; w < warps; ++w) v = fmaxf(v, slots[w]);
   return v;
 }
 
