@@ -1,10 +1,10 @@
 """The same twenty steps on every layout: losses and gradient norms agree at each step.
 
-Tolerance. All layouts compute the same sums in another order, so in fp32 a step's loss and gradient norm differ
-by a few units of 2^-24 = 6e-8, relative (seen: 2e-7). Adam divides each gradient by its own size, so where a
-gradient is close to rounding noise its update carries that noise at full learning rate; with lr = 1e-3 and 20
-steps the weights of two layouts drift apart by up to 1e-6 of their size. 3e-6 leaves room for that and is far
-below what a wrong split does (a micro-batch dropped or weighted wrongly, a gradient summed twice: above 1e-3).
+Tolerance. All layouts compute the same sums in another order, so in fp32 a step's loss and gradient norm
+differ by a few units of 2^-24 = 6e-8, relative (seen: 2e-7). Adam divides each gradient by its own size, so
+where a gradient is close to rounding noise its update carries that noise at full learning rate; with
+lr = 1e-3 and 20 steps the weights of two layouts drift apart by up to 1e-6 of their size. 3e-6 leaves room
+for that and is far below what a wrong split does (a lost micro-batch, a doubled gradient: above 1e-3).
 """
 
 from dataclasses import replace
