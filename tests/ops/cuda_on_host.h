@@ -90,7 +90,8 @@ inline void fiber_main() {
 // Runs one warp, lanes in shuffled order, until it waits at a barrier or is done. A shuffle completes when all 32
 // lanes are at it.
 inline void run_warp(int warp, std::mt19937& random) {
-  const auto begin = machine.fibers.begin() + 32 * warp, end = begin + 32;
+  const auto begin = machine.fibers.begin() + 32 * warp;
+  const auto end = machine.fibers.end() - begin < 32 ? machine.fibers.end() : begin + 32;
   const auto all = [&](auto state) { return std::all_of(begin, end, [&](const Fiber& f) { return f.state == state; }); };
   std::vector<Fiber*> lanes;
   for (auto f = begin; f != end; ++f) lanes.push_back(&*f);
@@ -120,7 +121,7 @@ inline void run_block(std::mt19937& random) {
     f.state = Fiber::ready;
     makecontext(&f.context, fiber_main, 0);
   }
-  std::vector<int> warps(fibers.size() / 32);
+  std::vector<int> warps((fibers.size() + 31) / 32);
   for (size_t w = 0; w < warps.size(); ++w) warps[w] = static_cast<int>(w);
   const auto all = [&](auto state) {
     return std::all_of(fibers.begin(), fibers.end(), [&](const Fiber& f) { return f.state == state; });

@@ -15,7 +15,11 @@ ARCHITECTURES = ["sm_80", "sm_90"]
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 # Kernels that must load and store 16 bytes per instruction; the others take the rows that are not so aligned.
 # dpo_loss reads sequences that begin anywhere, a few bytes in all.
-WIDE = {"dpo_loss": [], "rms_norm": ["rms_norm_forward_kernel", "rms_norm_backward_kernel"]}
+WIDE = {
+    "dpo_loss": [],
+    "qkv_rotary": ["qkv_rotary_kernel"],
+    "rms_norm": ["rms_norm_forward_kernel", "rms_norm_backward_kernel"],
+}
 
 
 class Build(NamedTuple):
@@ -75,6 +79,6 @@ def test_sixteen_byte_loads_and_stores(builds, stem, architecture):
         for function, body in code.items():
             accesses = re.findall(r"\b(LDG|STG)\.E(\S*)", body)
             wide = {kind for kind, suffix in accesses if ".128" in suffix}
-            # Scalars only where there is one per row: rstd.
+            # Less only where there is one per row (rstd, a position), and pairs of fp32 angles.
             narrow = [kind + suffix for kind, suffix in accesses if ".128" not in suffix]
-            assert wide == {"LDG", "STG"} and len(narrow) <= 3, (function, narrow)
+            assert wide == {"LDG", "STG"} and len(narrow) <= 5, (function, narrow)
