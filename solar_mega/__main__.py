@@ -23,7 +23,7 @@ VERBS = {
     "tokenizer": ("solar_mega.data.command:tokenizer", "train a SentencePiece tokenizer on text"),
     "pretrain": ("solar_mega.train.command:pretrain", "(continued) pretraining, from a TOML file"),
     "quickstart": ("solar_mega.quickstart.command:quickstart", "the parts of launch/quickstart.sh"),
-    "bench": ("solar_mega.bench.command:bench", "benchmarks against peers: step"),
+    "bench": ("solar_mega.bench.command:bench", "benchmarks beside peers: kernels, dpo, step"),
 }
 """Verb -> (`module:function`, one line of help). Imported when called: a verb costs nothing until it is used.
 The function takes the words after the verb and returns an exit code (None is 0)."""

@@ -1,7 +1,7 @@
 """The kernels that `solar-mega bench kernels` measures: a table of inputs, formulas and floor bytes.
 
-An operation is a set of functions with one signature, inputs (by name) -> outputs. Ours, PyTorch's and the peers'
-(peers.py) are run on the same tensors, forward, backward or both, and compared with the fp64 reference.
+An operation is a set of functions with one signature, inputs (by name) -> outputs. Ours, PyTorch's and the
+peers' (peers.py) run on the same tensors, forward, backward or both, and are compared with fp64.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Mode:
     name: str
     """forward, backward (alone, the graph kept) or both."""
     floor_bytes: Callable[[Shape], int] | None
-    """Fewest bytes that must move through memory, the same for every provider; None when arithmetic decides."""
+    """Fewest bytes that must move through memory, for every provider alike; None when arithmetic decides."""
     counted: str
     """What the floor counts, in words."""
     flops: Callable[[Shape], float] | None = None
@@ -73,7 +73,7 @@ class Operation:
 def call_for(
     operation: Operation, formula: Formula, mode: str, inputs: Inputs
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """The call to be timed; what it needs beforehand (the forward of a backward) has run when this returns."""
+    """The call to be timed; what it needs beforehand (a backward its forward) has run when this returns."""
     if mode == "forward":
 
         def forward() -> tuple[Tensor, ...]:

@@ -1,5 +1,6 @@
 """`solar-mega bench WHAT`: benchmarks, each beside its peers and paired in one run."""
 
+import os
 from collections.abc import Sequence
 
 from solar_mega.config.command_line import parse_options
@@ -17,6 +18,9 @@ def bench(argv: Sequence[str]) -> int:
         print(_HELP)
         return 0 if argv else 2
     what, *words = argv
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # torch's profiler counts our bytes; its log is not for readers
     if what == "step":
         from solar_mega.bench import step
 

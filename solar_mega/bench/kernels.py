@@ -1,8 +1,8 @@
-"""`solar-mega bench kernels`: our ops beside PyTorch's and everybody else's that is installed, against the roofline.
+"""`solar-mega bench kernels`: our ops beside PyTorch's and those of installed peers, against the roofline.
 
-Per operation and provider: time, GB/s from the floor bytes (the fewest that must move, one formula for every
-provider), that as a share of the copy bandwidth measured in the same run, extra memory, error against fp64 and
-whether two runs agree to the bit. See measure.py for how, cases.py for what, peers.py for whom.
+Per operation and provider: time, GB/s from the floor bytes (the fewest that must move, one formula for
+every provider), that as a share of the copy bandwidth measured in the same run, extra memory, error against
+fp64 and whether two runs agree to the bit. See measure.py for how, cases.py for what, peers.py for whom.
 """
 
 import json
@@ -229,7 +229,7 @@ def _measure_mode(
 
 
 def _prepared(operation: Operation, formula: Formula, name: str, mode: str, sets: list[Inputs]):
-    """Round -> a call on one of the input sets. Made on the spot: what a backward keeps is then not kept for all."""
+    """Round -> a call on one of the input sets, made on the spot: only one forward's results are kept."""
     if name in operation.overwriting:
         sets = [{key: value.clone() for key, value in inputs.items()} for inputs in sets]
     return lambda number: call_for(operation, formula, mode, sets[number % len(sets)])

@@ -1,9 +1,9 @@
 """How the benchmarks measure: time, extra memory, copy bandwidth, and what they ran on.
 
-Inputs are rotated, so that a call does not find its data in the cache because the one before left it there. On a
-CPU, providers are timed in turns, one call of each per round, so that a busy machine slows all alike. On a GPU,
-calls over all input sets are captured into one CUDA graph and its replays timed with events: that is the GPU's time
-alone; `eager` is the same call launched from Python, gaps included.
+Inputs are rotated, so that a call does not find its data in the cache because the one before left it there.
+Providers are timed in turns, one call of each per round, so that a busy machine slows all alike. On a GPU,
+calls over all input sets are also captured into one CUDA graph and its replays timed with events: that is the
+GPU's time alone; `eager` is the same call launched from Python, gaps included.
 """
 
 import datetime
@@ -132,7 +132,7 @@ def in_turns(
 ) -> dict:
     """Name -> seconds of each round, [rounds]. `prepare[name](round)` is not timed; the call it returns is.
 
-    Stops early after `limit_s` seconds per provider, but not before three rounds. The first round is not counted.
+    Stops early after `limit_s` seconds per provider, but not before three rounds. A first one is not counted.
     """
     names, seconds = list(prepare), {name: [] for name in prepare}
     began = time.perf_counter()
@@ -151,7 +151,7 @@ def in_turns(
 def graph_replays(calls: Sequence[Call], replays: int) -> list[float]:
     """Seconds per call on the GPU, from replays of one CUDA graph that holds every call once.
 
-    `calls` must have been prepared, and run at least once, on the current stream, which is not the default one.
+    `calls` must have been prepared, and run at least once, on the current stream, not the default one.
     """
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream()

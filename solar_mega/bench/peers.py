@@ -1,7 +1,7 @@
 """Other people's kernels, where they are installed: operation -> name -> how to get its formula (cases.py).
 
-Every entry imports its package when called. ImportError means "not installed", and anything else that goes wrong is
-reported beside the name: a peer never stops the benchmark.
+Every entry imports its package when called. ImportError means "not installed", and anything else that goes
+wrong is reported beside the name: a peer never stops the benchmark.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,7 @@ _OTHERS = ("#3d7ea6", "#7fb2cf", "#edae49", "#7d8597", "#66a182", "#8d6a9f", "#b
 
 
 def draw_roofline(report: dict[str, Any], path: Path) -> None:
-    """Writes the picture of a `bench kernels` report: one group per operation, GB/s from floor bytes upwards."""
+    """Writes the picture of a `bench kernels` report: one group of bars per operation and direction."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,12 +23,14 @@ def draw_roofline(report: dict[str, Any], path: Path) -> None:
     }
     roof = report["copy_bytes_per_second"] / 1e9
 
+    widest = max(sum((r["operation"], r["mode"]) == group for r in timed) for group in groups)
+    width = 0.84 / widest
+
     figure, axis = plt.subplots(figsize=(max(7.0, 1.0 + 1.7 * len(groups)), 4.8))
     for at, group in enumerate(groups):
         bars = [r for r in timed if (r["operation"], r["mode"]) == group]
-        width = 0.84 / len(bars)
         for place, r in enumerate(bars):
-            x = at - 0.42 + (place + 0.5) * width
+            x = at + (place + 0.5 - len(bars) / 2) * width
             height = r["bytes_per_second"] / 1e9
             axis.bar(x, height, 0.92 * width, color=colours[r["provider"]], zorder=2)
             if r["provider"] == "solar_mega":
