@@ -98,11 +98,9 @@ def run(options: KernelBench) -> dict:
         with torch.cuda.stream(stream):  # captures need one that is not the default; None changes nothing
             for name in options.ops:
                 results += _measure_operation(OPERATIONS[name], shape, options, device)
-        report = _report(facts, shape, roof, results, device)
+                report = _report(facts, shape, roof, results, device)
+                _write(report, options.out)  # whoever cuts us short keeps what there is
     _print(report)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
     if options.plot is not None:
         from solar_mega.bench.plot import draw_roofline
 
@@ -111,8 +109,16 @@ def run(options: KernelBench) -> dict:
     return report
 
 
+def _write(report: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n")
+
+
 def _check(o: KernelBench) -> None:
     problems = Problems()
+    if not o.ops:
+        problems.add(f"--ops: none given; allowed: {' '.join(OPERATIONS)}")
     if unknown := [name for name in o.ops if name not in OPERATIONS]:
         problems.add(f"--ops {' '.join(unknown)}: unknown; allowed: {' '.join(OPERATIONS)}")
     known = {name for op in OPERATIONS.values() for name in (*op.providers, *PEERS[op.name])} | {
