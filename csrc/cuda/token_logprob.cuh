@@ -172,29 +172,23 @@ __global__ void __launch_bounds__(kLogprobThreads, 4) token_logprob_forward_kern
   __shared__ float slots[2][kLogprobThreads / kWarp];
   const int n = static_cast<int>(a.vocabulary.valid);
   for (int64_t row = blockIdx.x; row < a.layout.count; row += gridDim.x) {
-    const int64_t target = a.targets[row];
-    if (target == kIgnore || (a.mask != nullptr && !a.mask[row])) { // the whole block alike
-      if (threadIdx.x == 0) store_row(a, row, RowStats{0, 0, 0, 0, 0});
-      continue;
+    const int64_t target = a.targets[row], column = target - a.vocabulary.first;
+    RowStats s{0, 0, 0, 0, 0};
+    if (target != kIgnore && (a.mask == nullptr || a.mask[row])) { // the whole block alike
+      const T* x = a.logits + a.layout.offset(row);
+      if (threadIdx.x == 0 && column >= 0 && column < n) s.target = to_float(x[column]);
+      Running r = scan_row<T, kExtra>(x, n);
+      s.max = row_max(r.max, slots[0]);
+      r.raise<kExtra>(s.max);
+      s.sum = row_sum(r.sum, slots[1]);
+      if (kExtra) {
+        s.total = row_sum(r.total, slots[0]);
+        s.spread = row_sum(r.spread, slots[1]);
+      }
+      if (a.stats == nullptr) s = join_single(s);
+      if (target < 0 || target >= a.vocabulary.size) s.target = s.sum = NAN; // no such token: shows in loss and gradient
     }
-    const T* x = a.logits + a.layout.offset(row);
-    const int64_t column = target - a.vocabulary.first;
-    float logit = 0;
-    if (threadIdx.x == 0 && column >= 0 && column < n) logit = to_float(x[column]);
-
-    Running r = scan_row<T, kExtra>(x, n);
-    const float max = row_max(r.max, slots[0]);
-    r.raise<kExtra>(max);
-    float sum = row_sum(r.sum, slots[1]);
-    float total = 0, spread = 0;
-    if (kExtra) {
-      total = row_sum(r.total, slots[0]);
-      spread = row_sum(r.spread, slots[1]);
-    }
-    if (threadIdx.x != 0) continue;
-    if (target < 0 || target >= a.vocabulary.size) logit = sum = NAN; // no such token: shows in loss and gradient
-    const RowStats s{max, sum, logit, total, spread};
-    store_row(a, row, a.stats == nullptr ? join_single(s) : s);
+    if (threadIdx.x == 0) store_row(a, row, s);
   }
 }
 
