@@ -24,6 +24,8 @@ STABLE_TORCH_LIBRARY(solar_mega, m) {
   m.def(
       "qkv_rotary_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, Tensor? positions, "
       "bool interleaved=False) -> Tensor dqkv");
+  m.def("swiglu(Tensor x) -> Tensor");
+  m.def("swiglu_backward(Tensor dy, Tensor x) -> Tensor dx");
   m.def(
       "token_logprob(Tensor logits, Tensor targets, Tensor? mask, int vocab_size, float label_smoothing=0., "
       "float z_loss=0., bool metrics=False) -> (Tensor logps, Tensor saved, Tensor entropy, Tensor hit)");

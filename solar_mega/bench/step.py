@@ -185,7 +185,7 @@ def _stock_megatron(arch: Architecture, o: StepBench) -> Step:
     ).to(ranks.device())
     identity = LayerMap.parse("identity", arch.num_layers)
     load_weights([chunk], RandomWeights(arch, _SEED), arch, identity, parallel)
-    return _megatron_step([chunk], o, wrap([chunk], parallel), tuned=False)
+    return _megatron_step([chunk], o, wrap([chunk], parallel, lean=False), tuned=False)
 
 
 def _megatron_step(chunks, o: StepBench, wrapped, tuned: bool) -> Step:

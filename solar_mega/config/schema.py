@@ -181,6 +181,9 @@ class KernelConfig:
     rotary: Implementation = "fused"
     """Split of the packed QKV and rotary embedding: the compiled op or the PyTorch reference."""
 
+    swiglu: Implementation = "fused"
+    """Gated activation of the feed-forward layer: the compiled op or the PyTorch reference."""
+
     attention: Literal["sdpa", "reference"] = "sdpa"
     """Core attention: PyTorch's scaled_dot_product_attention, or megatron-core's unfused softmax."""
 

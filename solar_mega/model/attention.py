@@ -2,9 +2,10 @@
 
 Shapes:  s sequence, b batch, h hidden, n query heads per rank, g key/value heads per rank, d head_dim.
 
-     [s, b, h] ─ linear_qkv ─ [s, b, g, (n/g + 2)·d] ─ qkv_rotary ─┬─ q [s, b, n, d] ─┐
-                                                                   ├─ k [s, b, g, d] ─┼─ core ─ linear_proj ─ [s, b, h]
-                                                                   └─ v [s, b, g, d] ─┘
+     [s, b, h] ─ linear_qkv ─ [s, b, g, (n/g + 2)·d] ─ qkv_rotary
+                   ┌─ q [s, b, n, d] ─┐
+        qkv_rotary ├─ k [s, b, g, d] ─┤ core attention ─ [s, b, n·d] ─ linear_proj ─ [s, b, h]
+                   └─ v [s, b, g, d] ─┘
 """
 
 import torch
@@ -81,7 +82,8 @@ class RotarySelfAttention(SelfAttention):
 class SDPAttention(nn.Module):
     """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
 
-    Grouped key/value heads stay grouped; a sliding window narrower than the sequence becomes an explicit mask.
+    Grouped key/value heads stay grouped; a sliding window narrower than the sequence becomes an explicit
+    mask.
     """
 
     def __init__(
@@ -95,7 +97,9 @@ class SDPAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs
     ) -> Tensor:
-        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n*d]. Raises ValueError for packed sequences."""
+        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n*d]. Raises ValueError for packed
+        sequences.
+        """
         if kwargs.get("packed_seq_params") is not None:
             raise ValueError("SDPAttention takes unpacked [s, b, heads, d] sequences; got packed_seq_params")
         s, b = query.shape[:2]

@@ -1,13 +1,15 @@
-"""The modules that replace Megatron's inside its own block: norm and layer. Attention is in attention.py.
+"""The modules that replace Megatron's inside its own block: norm, feed-forward and layer; attention.py has
+attention.
 
 Shapes:  s sequence, b batch, h hidden (per rank s/tp with sequence parallelism).
 """
 
 import torch
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from solar_mega.ops import add_rms_norm, rms_norm
+from solar_mega.ops import add_rms_norm, rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -35,6 +37,19 @@ class RMSNorm(nn.Module):
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual) in one pass over memory."""
         return add_rms_norm(x, residual, self.weight, self.eps, implementation=self.implementation)
+
+
+class GatedMLP(MLP):
+    """Megatron's gated feed-forward, its parameters and their names, with the activation in one op."""
+
+    def __init__(self, config, submodules, *args, implementation: str = "fused", **options) -> None:
+        super().__init__(config, submodules, *args, **options)
+        self.implementation = implementation
+
+    def forward(self, hidden_states: Tensor, **_) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] -> (the same, bias or None)."""
+        gate_and_up, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(gate_and_up, implementation=self.implementation))
 
 
 class SolarLayer(TransformerLayer):

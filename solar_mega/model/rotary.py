@@ -1,4 +1,6 @@
-"""Rotary positions in Megatron's model: tables shared by all layers, positions handed down with the tokens."""
+"""Rotary positions in Megatron's model: tables shared by all layers, positions handed down with the
+tokens.
+"""
 
 import functools
 
@@ -22,9 +24,9 @@ def rotary_tables(rope: Rope, head_dim: int, positions: int, device: torch.devic
 class RotaryPositions(nn.Module):
     """Stands where Megatron's GPTModel computes its rotary embedding and returns positions instead of angles.
 
-    Megatron counts positions from 0 in every sample and ignores `position_ids`; packed samples restart them. So
-    the model's `position_ids` [b, s] are picked up as it is called, and go to every layer, through recomputation
-    too, in the place of `rotary_pos_emb`.
+    Megatron counts positions from 0 in every sample and ignores `position_ids`; packed samples restart them.
+    So the model's `position_ids` [b, s] are picked up as it is called, and go to every layer, through
+    recomputation too, in the place of `rotary_pos_emb`.
     """
 
     def __init__(self, model: nn.Module) -> None:

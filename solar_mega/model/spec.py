@@ -1,17 +1,19 @@
 """Which module goes where in megatron-core's block, through its own extension point."""
 
+from types import SimpleNamespace
+
 from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from solar_mega.config.schema import KernelConfig
 from solar_mega.model.architecture import Architecture
 from solar_mega.model.attention import RotarySelfAttention, SDPAttention
-from solar_mega.model.modules import RMSNorm, SolarLayer
+from solar_mega.model.modules import GatedMLP, RMSNorm, SolarLayer
 
 
 class SolarSpecProvider(LocalSpecProvider):
@@ -44,13 +46,22 @@ def solar_layer_spec(arch: Architecture, kernels: KernelConfig, max_positions: i
             linear_proj=provider.row_parallel_linear(),
         ),
     )
+    # Of the type ModuleSpec in all but name: Megatron's layer warns of every MLP class in one that it does
+    # not know.
+    mlp = SimpleNamespace(
+        module=GatedMLP,
+        params={"implementation": kernels.swiglu},
+        submodules=MLPSubmodules(
+            linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear()
+        ),
+    )
     return ModuleSpec(
         module=SolarLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=provider.layer_norm(),
             self_attention=attention,
             pre_mlp_layernorm=provider.layer_norm(),
-            mlp=get_mlp_module_spec_for_backend(backend=provider),
+            mlp=mlp,
             # Checkpoint keys as Transformer Engine spells them, so that either spec reads the other's
             # checkpoints.
             sharded_state_dict_keys_map={

@@ -5,6 +5,7 @@ from solar_mega.ops.library import available, build_info, report
 from solar_mega.ops.linear_token_logprob import linear_token_logprob, linear_token_logprob_reference
 from solar_mega.ops.qkv_rotary import qkv_rotary, qkv_rotary_reference
 from solar_mega.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from solar_mega.ops.swiglu import swiglu, swiglu_reference
 from solar_mega.ops.token_logprob import (
     TokenMetrics,
     token_logprob,
@@ -28,6 +29,8 @@ __all__ = [
     "report",
     "rms_norm",
     "rms_norm_reference",
+    "swiglu",
+    "swiglu_reference",
     "token_logprob",
     "token_logprob_reference",
     "token_logprob_with_metrics",

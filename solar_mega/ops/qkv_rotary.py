@@ -67,7 +67,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def _check_reference(
     qkv: Tensor, cos: Tensor, sin: Tensor, queries_per_group: int, positions: Tensor | None
 ) -> None:
-    # The compiled op checks the same in C++ (csrc/common/qkv_rotary.h); here broadcasting would hide mistakes.
+    # The compiled op checks the same in C++ (csrc/common/qkv_rotary.h); here broadcasting would hide
+    # mistakes.
     if qkv.dim() != 4 or queries_per_group < 1 or qkv.shape[3] % (queries_per_group + 2):
         raise RuntimeError(
             f"qkv_rotary: qkv has shape {list(qkv.shape)}; allowed: [s, b, groups, (queries_per_group + 2) * "
@@ -81,8 +82,8 @@ def _check_reference(
         )
     if positions is None and s > cos.shape[0]:
         raise RuntimeError(
-            f"qkv_rotary: qkv has {s} positions but cos and sin only {cos.shape[0]} rows; give larger tables, "
-            "or positions"
+            f"qkv_rotary: qkv has {s} positions but cos and sin only {cos.shape[0]} rows; "
+            "give larger tables, or positions"
         )
     if positions is not None and positions.shape not in ((s,), (s, b)):
         raise RuntimeError(
@@ -183,18 +184,19 @@ def qkv_rotary(
     interleaved: bool = False,
     implementation: Implementation = "fused",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed qkv [s, b, groups, (queries_per_group + 2) · d] -> q [s, b, groups · queries_per_group, d] and k,
-    v [s, b, groups, d], with q and k turned to their positions; contiguous, differentiable once in qkv.
+    """Packed qkv [s, b, groups, (queries_per_group + 2) · d] -> q [s, b, groups · queries_per_group, d] and
+    k, v [s, b, groups, d], with q and k turned to their positions; contiguous, differentiable once in qkv.
 
     Args:
         qkv: float32, bfloat16 or float16; last stride 1, the others free.
         cos, sin: [positions, rotary_dim / 2] float32, contiguous, rotary_dim <= d; constants.
-        positions: int64 [s] or [s, b], rows of cos and sin, any strides; by default the place in the sequence.
+        positions: int64 [s] or [s, b], rows of cos and sin, any strides; by default the place in the
+        sequence.
         interleaved: pairs are neighbours rather than half of rotary_dim apart.
 
     Raises RuntimeError for a wrong dtype, device, shape or stride and, on the CPU, for a position outside the
-    tables (on CUDA, where looking would mean waiting for the device, that token's q and k are NaN). ValueError
-    for an unknown implementation.
+    tables (on CUDA, where looking would mean waiting for the device, that token's q and k are NaN).
+    ValueError for an unknown implementation.
     """
     if not library.use_compiled(implementation, qkv.device.type):
         return qkv_rotary_reference(qkv, cos, sin, queries_per_group, positions, interleaved)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -16,20 +17,35 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from solar_mega.config.schema import OptimizerConfig, ParallelConfig, Precision, ScheduleConfig
 
 
-def wrap(chunks: Sequence[GPTModel], parallel: ParallelConfig) -> list[DistributedDataParallel]:
+class LoneReplica(DistributedDataParallel):
+    """Megatron's DDP where there is one data-parallel rank: its collectives would copy every gradient and
+    every weight onto itself, an eighth of a small model's step on a CPU.
+    """
+
+    def start_grad_sync(self, *unused) -> None: ...
+    def finish_grad_sync(self, *unused, **options) -> None: ...
+    def start_param_sync(self, *unused, **options) -> None: ...
+
+
+def wrap(
+    chunks: Sequence[GPTModel], parallel: ParallelConfig, lean: bool = True
+) -> list[DistributedDataParallel]:
     """Each chunk under Megatron's DDP: contiguous fp32 gradient buffers, reduced once per global batch.
 
-    The chunks must hold their final weights: the optimizer copies its master weights from them.
+    The chunks must hold their final weights: the optimizer copies its master weights from them. `lean=False`
+    is Megatron's own class throughout (the benchmark's stock peer).
     """
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=parallel.distributed_optimizer,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
     )
+    alone = parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1
+    replica = LoneReplica if alone and lean else DistributedDataParallel
     return [
         # One bucket for all but the first chunk: later chunks' gradients are ready together (interleaved
         # schedule).
-        DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0)
+        replica(chunk.config, ddp, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
 

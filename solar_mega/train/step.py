@@ -29,7 +29,9 @@ states."""
 
 
 def next_token_loss(chunk: torch.nn.Module, batch: Batch) -> Tensor:
-    """Causal language modelling: -log p(label | tokens before it), to be summed under the batch's loss mask."""
+    """Causal language modelling: -log p(label | tokens before it), to be summed under the batch's loss
+    mask.
+    """
     inputs = (batch["tokens"], batch["position_ids"], None)
     return chunk(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
 
@@ -124,7 +126,8 @@ def _on_device(batch: Batch) -> Batch:
 
 
 def _clip(optimizer: ChainedOptimizer) -> float:
-    """Global gradient norm; gradients scaled down to `clip_grad` when above it.
+    """Global gradient norm; gradients (or, fused, the update's reading of them) scaled down to `clip_grad`
+    when above it.
 
     The first half of Megatron's `optimizer.step`, stopped where a norm that is not finite can still be
     refused: Megatron only looks for one when it scales the loss, which bf16 and fp32 do not.
@@ -134,9 +137,15 @@ def _clip(optimizer: ChainedOptimizer) -> float:
     if not math.isfinite(grad_norm):
         return grad_norm
     for inner in optimizer.chained_optimizers:
-        parameters = inner.get_parameters()
-        if parameters and inner.config.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=inner.config.clip_grad, total_norm=grad_norm)
+        parameters, limit = inner.get_parameters(), inner.config.clip_grad
+        if not parameters or limit <= 0.0:
+            continue
+        if inner.optimizer.param_groups[0].get("fused"):
+            # AdamW's kernel divides each gradient as it reads it: no pass of its own over the gradients.
+            excess = (grad_norm + 1.0e-6) / limit
+            inner.optimizer.grad_scale = torch.tensor(excess, device=ranks.device()) if excess > 1.0 else None
+        else:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=grad_norm)
     return grad_norm
 
 

@@ -151,11 +151,11 @@ inline void run_grid(dim3 grid, dim3 block, unsigned seed, const std::function<v
     machine.fibers[i].linear = static_cast<int>(i);
     machine.fibers[i].stack.resize(64 * 1024);
   }
-  std::vector<unsigned> order(grid.x);
-  for (unsigned b = 0; b < grid.x; ++b) order[b] = b;
+  std::vector<unsigned> order(grid.x * grid.y);
+  for (unsigned b = 0; b < order.size(); ++b) order[b] = b;
   std::shuffle(order.begin(), order.end(), random);
   for (unsigned b : order) {
-    machine.block_index = {b, 0, 0};
+    machine.block_index = {b % grid.x, b / grid.x, 0};
     run_block(random);
   }
 }

@@ -13,9 +13,10 @@ pytestmark = pytest.mark.nvcc
 
 ARCHITECTURES = ["sm_80", "sm_90"]
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
-# Kernels that must move 16 bytes per instruction, what they so move, and how many lesser accesses their code may have:
-# one per row (rstd, a position, a target and its results), pairs of fp32 angles, elements before and after the vectors
-# of a row that begins anywhere. Kernels not named take the rows that are not aligned, or a few bytes in all.
+# Kernels that must move 16 bytes per instruction, what they so move, and how many lesser accesses their code
+# may have: one per row (rstd, a position, a target and its results), pairs of fp32 angles, elements before
+# and after the vectors of a row that begins anywhere. Kernels not named take the rows that are not aligned,
+# or a few bytes in all.
 WIDE = {
     "dpo_loss": {},
     "qkv_rotary": {"qkv_rotary_kernel": ({"LDG", "STG"}, 5)},
@@ -23,6 +24,7 @@ WIDE = {
         "rms_norm_forward_kernel": ({"LDG", "STG"}, 3),
         "rms_norm_backward_kernel": ({"LDG", "STG"}, 3),
     },
+    "swiglu": {"swiglu_kernel": ({"LDG", "STG"}, 0)},
     "token_logprob": {
         "token_logprob_forward_kernel": ({"LDG"}, 20),
         "token_logprob_backward_kernel": ({"LDG", "STG"}, 6),

@@ -37,7 +37,9 @@ def run_on_host(kernels, packed, q, k, v, cos, sin, positions, backward, interle
     return kernels.host_rotary(code, pointers, sizes, steps, backward, interleaved, aligned, 3, seed)
 
 
-def forward_and_backward(kernels, qkv, grads, cos, sin, positions=None, interleaved=False, aligned=True, seed=0):
+def forward_and_backward(
+    kernels, qkv, grads, cos, sin, positions=None, interleaved=False, aligned=True, seed=0
+):
     """(tokens per block, q, k, v, dqkv); outputs start out as NaN."""
     outputs = [torch.full(g.shape, NAN, dtype=qkv.dtype) for g in grads]
     dqkv = torch.full(qkv.shape, NAN, dtype=qkv.dtype)
