@@ -1,4 +1,4 @@
-"""The language model's head: losses from hidden states through this project's ops, logits when nobody has labels.
+"""The language model's head: losses from hidden states through this project's ops, or logits.
 
 Shapes:  s sequence, b batch, h hidden (per rank s/tp with sequence parallelism), V/tp columns of this rank.
 """
@@ -14,8 +14,8 @@ from solar_mega.ops import linear_token_logprob, token_logprob
 class LossHead(ColumnParallelLinear):
     """Megatron's output layer, which can also be asked for losses.
 
-    A call of the module, not a function beside it: distributed data parallelism waits for the weights it gathers
-    in hooks that run before a module's forward.
+    A call of the module, not a function beside it: distributed data parallelism waits for the weights it
+    gathers in hooks that run before a module's forward.
     """
 
     kernels: KernelConfig
@@ -49,8 +49,8 @@ class SolarGPT(GPTModel):
     """megatron-core's GPT model with `LossHead` for its output layer.
 
     Called with `labels` it returns losses [b, s]. With `loss_mask` [b, s] as well the caller promises to take
-    (losses * loss_mask).sum(), times any number: masked tokens then have loss 0, and the head's gradients are made
-    in its forward (`linear_token_logprob`'s token_weights). Without, any function of the losses may follow.
+    (losses * loss_mask).sum(), times any number: masked tokens then have loss 0, and the head's gradients are
+    made in its forward (`linear_token_logprob`'s token_weights). Without, anything may be done with losses.
     """
 
     def __init__(self, *args, kernels: KernelConfig, **options) -> None:

@@ -3,18 +3,19 @@
     logits = hidden · weightᵀ,   logp = token_logprob(logits, targets)            (formulas: token_logprob.py)
     dhidden = dlogits · weight   [summed over the shards of the vocabulary],   dweight = dlogitsᵀ · hidden
 
-Shapes: hidden [..., h], targets [...], weight [V/tp, h], logp [...]. T tokens in all; pieces of logits take at
-most `max_logits_bytes`. Two ways to the gradient, both with 6 T h V of necessary multiplications:
+Shapes: hidden [..., h], targets [...], weight [V/tp, h], logp [...]. T tokens in all; pieces of logits take
+at most `max_logits_bytes`. Two ways to the gradient, both with 6 T h V of necessary multiplications:
 
-    weights given   pieces of tokens, all columns:   [t, V/tp]     6 T h V: the gradient is made in the forward
-    otherwise       pieces of columns, all tokens:   [T, v]        8 T h V: the backward recomputes the logits
+    weights given   pieces of tokens, all columns   [t, V/tp]   6 T h V: the gradient is made in the forward
+    otherwise       pieces of columns, all tokens   [T, v]      8 T h V: the backward recomputes the logits
 
-In the first the forward knows dlogits up to one factor, as the caller tells it how the log-probs will be weighted,
-and keeps dhidden and dweight, the size of the results, until the backward scales them. In the second, pieces of
-columns make each piece of dweight complete after one product, accumulated in fp32 within it and rounded once, and
-the only fp32 sum in memory is dhidden, [T, h].
+In the first the forward knows dlogits up to one factor, as the caller tells it how the log-probs will be
+weighted, and keeps dhidden and dweight, the size of the results, until the backward scales them. In the
+second, pieces of columns make each piece of dweight complete after one product, accumulated in fp32 within it
+and rounded once, and the only fp32 sum in memory is dhidden, [T, h].
 """
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ MAX_LOGITS_BYTES = 64 * 2**20
 
 
 def linear_token_logprob_reference(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
-    """`token_logprob_reference` of hidden · weightᵀ, all logits at once, in the dtype of hidden; one shard."""
+    """`token_logprob_reference` of hidden · weightᵀ, all logits at once, in hidden's dtype; one shard."""
     return token_logprob_reference(hidden @ weight.t(), targets, **options)
 
 
@@ -59,9 +60,9 @@ class Head(NamedTuple):
 
 def _pieces(count: int, bytes_each: int, limit: int, multiple: int) -> list[slice]:
     """`count` rows or columns in about equal pieces of at most `limit` bytes, cut at multiples."""
-    most = max(limit // max(bytes_each, 1) // multiple * multiple, multiple)
-    number = max(1, -(-count // most))
-    each = -(-(-(-count // number)) // multiple) * multiple
+    most = max(limit // bytes_each // multiple * multiple, multiple)
+    number = max(1, math.ceil(count / most))
+    each = max(1, math.ceil(count / number / multiple)) * multiple
     return [slice(start, min(start + each, count)) for start in range(0, count, each)]
 
 
@@ -110,7 +111,9 @@ def _forward_by_columns(x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor
     stats = []
     for piece in _pieces(weight.shape[0], x.shape[0] * x.element_size(), head.limit, 64):
         logits = x @ weight[piece].t()
-        stats.append(head.kernels.partial(logits, targets, mask, first + piece.start, size, smoothing != 0, False))
+        stats.append(
+            head.kernels.partial(logits, targets, mask, first + piece.start, size, smoothing != 0, False)
+        )
     joined = torch.stack(stats)
     if shards(head.group)[0] > 1:
         joined = gathered(joined, head.group).flatten(0, 1)
@@ -118,7 +121,13 @@ def _forward_by_columns(x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor
 
 
 def _backward_by_columns(
-    dlogps: Tensor, x: Tensor, weight: Tensor, targets: Tensor, saved: Tensor, head: Head, wanted: tuple[bool, bool]
+    dlogps: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    saved: Tensor,
+    head: Head,
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     first, *rest = head.terms
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -181,7 +190,9 @@ def _gradient_by_tokens(
     for piece in pieces:
         part, labels, counted = x[piece], targets[piece], None if mask is None else mask[piece]
         logits = part @ weight.t()
-        logps[piece], saved, *_ = evaluate(head.kernels, logits, labels, counted, head.terms, False, head.group)
+        logps[piece], saved, *_ = evaluate(
+            head.kernels, logits, labels, counted, head.terms, False, head.group
+        )
         head.kernels.backward_(weights[piece], logits, labels, saved, *head.terms)
         if dhidden is not None:
             torch.mm(logits, weight, out=dhidden[piece])
@@ -271,9 +282,9 @@ def linear_token_logprob(
     summed over the ranks, that of weight is this rank's.
 
     token_weights: fp32 [...]. A promise that the gradient reaching this function is token_weights times one
-        number, as that of (token_weights * logps).sum() is, at whatever loss scale. The gradients are then made
-        in the forward, which saves a quarter of the multiplications and holds dweight (fp32) and dhidden until the
-        backward. A broken promise is seen there and makes every gradient NaN.
+        number, as that of (token_weights * logps).sum() is, at whatever loss scale. The gradients are then
+        made in the forward, which saves a quarter of the multiplications and holds dweight (fp32) and dhidden
+        until the backward. A broken promise is seen there and makes every gradient NaN.
     max_logits_bytes: of one piece of logits, in the dtype of hidden; pieces are never smaller than 64 columns
         or 16 tokens.
 
@@ -285,16 +296,19 @@ def linear_token_logprob(
     size = ranks * columns if vocab_size is None else vocab_size
     if not 1 <= size <= ranks * columns:
         raise RuntimeError(
-            f"linear_token_logprob: vocab_size is {size}; allowed: 1 to {ranks * columns}, the rows of all ranks' weight"
+            f"linear_token_logprob: vocab_size is {size}; allowed: 1 to {ranks * columns}, "
+            "the rows of all ranks' weight"
         )
     kernels = _Fused if library.use_compiled(implementation, hidden.device.type) else _Reference
     terms = Terms(rank * columns, size, label_smoothing, z_loss)
     head = Head(terms, tp_group, sequence_parallel, max_logits_bytes, kernels)
     if targets.numel() == 0:
-        return (hidden @ weight.t()).sum(-1).to(torch.promote_types(hidden.dtype, torch.float32)).view(targets.shape)
+        nothing = (hidden @ weight.t()).sum(-1).view(targets.shape)
+        return nothing.to(torch.promote_types(hidden.dtype, torch.float32))
     flat = targets.reshape(-1)
     mask = None if mask is None else mask.reshape(-1)
-    if token_weights is None or not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
+    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if token_weights is None or not differentiable:
         logps = _ByColumns.apply(hidden, weight, flat, mask, head)
     else:
         logps = _ByTokens.apply(hidden, weight, flat, mask, token_weights.detach().reshape(-1), head)
@@ -308,11 +322,11 @@ def _check(hidden, weight, targets, mask, token_weights, limit, sequence_shards)
     if not hidden.is_floating_point() or hidden.dim() < 2:
         refuse(f"hidden is {hidden.dtype} of shape {list(hidden.shape)}; allowed: floating point, [..., h]")
     if (weight.dtype, weight.device) != (hidden.dtype, hidden.device):
-        refuse(
-            f"weight is {weight.dtype} on {weight.device}; it must be {hidden.dtype} on {hidden.device}, as hidden"
-        )
+        got, must = f"{weight.dtype} on {weight.device}", f"{hidden.dtype} on {hidden.device}"
+        refuse(f"weight is {got}; it must be {must}, as hidden")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
-        refuse(f"weight has shape {list(weight.shape)}; it must be [columns, {hidden.shape[-1]}], as hidden is [..., h]")
+        must = f"[columns, {hidden.shape[-1]}], as hidden is [..., h]"
+        refuse(f"weight has shape {list(weight.shape)}; it must be {must}")
     tokens = [hidden.shape[0] * sequence_shards, *hidden.shape[1:-1]]
     wanted = {"targets": (targets, torch.int64), "mask": (mask, torch.bool)}
     wanted["token_weights"] = (token_weights, torch.promote_types(hidden.dtype, torch.float32))
@@ -322,6 +336,7 @@ def _check(hidden, weight, targets, mask, token_weights, limit, sequence_shards)
         if (tensor.dtype, tensor.device) != (dtype, hidden.device):
             refuse(f"{name} is {tensor.dtype} on {tensor.device}; it must be {dtype} on {hidden.device}")
         if list(tensor.shape) != tokens:
-            refuse(f"{name} has shape {list(tensor.shape)}; it must be {tokens}, one value per token of hidden")
+            got = list(tensor.shape)
+            refuse(f"{name} has shape {got}; it must be {tokens}, one value per token of hidden")
     if limit < 1:
         refuse(f"max_logits_bytes is {limit}; allowed: a positive number of bytes")

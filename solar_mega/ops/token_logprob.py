@@ -1,16 +1,16 @@
 """Log-probabilities of given tokens, from logits split over the vocabulary, without a softmax in memory.
 
     m = max_v x_v,  S = Σ_v exp(x_v − m),  lse = m + ln S          over the vocabulary, all shards
-    logp = (1 − ε) x_t + (ε / V) Σ_v x_v − lse − z · lse²          ε label smoothing, z z-loss; both 0: ln p(t)
+    logp = (1 − ε) x_t + (ε / V) Σ_v x_v − lse − z · lse²        label smoothing ε, z-loss z; both 0: ln p(t)
     entropy = ln S − Σ_v exp(x_v − m) (x_v − m) / S,   hit = (x_t = m)
 
     backward, with d the gradient of logp:
     dlogits_v = d [ (1 − ε) 1[v = t] + ε / V − (1 + 2 z lse) exp(x_v − m) / S ]
 
 Shapes: logits [..., V/tp]; targets, mask, logp [...]. Every rank reduces its shard to three numbers per token
-(m, S, x_t), one all-gather of these joins them, and every rank computes the same result to the bit. Saved are m
-and S, fp32, apart: rounded into one lse, large logits would lose the gradient's digits. Arithmetic is fp32 for
-bf16, fp16 and fp32 logits; a bf16 log-softmax errs by up to 0.13 nats a token.
+(m, S, x_t), one all-gather of these joins them, and every rank computes the same result to the bit. Saved are
+m and S, fp32, apart: rounded into one lse, large logits would lose the gradient's digits. Arithmetic is fp32
+for bf16, fp16 and fp32 logits; a bf16 log-softmax errs by up to 0.13 nats a token.
 Sources: label smoothing Szegedy et al. (arXiv 1512.00567) eq. 6 as torch.nn.functional.cross_entropy has it;
 z-loss PaLM (arXiv 2204.02311) §5; online softmax Milakov and Gimelshein (arXiv 1805.02867) alg. 3.
 """
@@ -60,7 +60,7 @@ def token_logprob_reference(
     z_loss: float = 0.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """The formula in PyTorch over a whole vocabulary: fp32 arithmetic (fp64 for fp64), any device and strides."""
+    """The formula in PyTorch over a whole vocabulary: fp32 arithmetic (fp64 for fp64), any device."""
     _check(logits, targets, mask)
     size = logits.shape[-1] if vocab_size is None else vocab_size
     counted = _counted(targets, mask)
@@ -99,9 +99,9 @@ def _check(logits: Tensor, targets: Tensor, mask: Tensor | None) -> None:
             got, wanted = f"{tensor.dtype} on {tensor.device}", f"{dtype} on {logits.device}"
             raise RuntimeError(f"token_logprob: {name} is {got}; it must be {wanted}")
         if tensor.shape != logits.shape[:-1]:
+            got, wanted = list(tensor.shape), list(logits.shape[:-1])
             raise RuntimeError(
-                f"token_logprob: {name} has shape {list(tensor.shape)}; it must be {list(logits.shape[:-1])}, "
-                "one value per row of logits"
+                f"token_logprob: {name} has shape {got}; it must be {wanted}, one value per row of logits"
             )
 
 
@@ -111,9 +111,10 @@ def _check_targets(targets: Tensor, counted: Tensor, size: int) -> None:
     wrong = counted & ((targets < 0) | (targets >= size))
     if wrong.any():
         position = int(wrong.flatten().nonzero()[0])
+        got = int(targets.flatten()[position])
         raise RuntimeError(
-            f"token_logprob: targets has {int(targets.flatten()[position])} at position {position}; allowed: 0 to "
-            f"{size - 1}, or {IGNORE} for a token that does not count"
+            f"token_logprob: targets has {got} at position {position}; allowed: 0 to {size - 1}, "
+            f"or {IGNORE} for a token that does not count"
         )
 
 
@@ -171,9 +172,10 @@ class _Reference:
         valid = max(0, min(size - first, logits.shape[-1]))
         peak, total = saved
         d_lse = dlogps * (1 + 2 * z * (peak + total.log())) if z else dlogps
-        dx = dlogps[..., None] * (smoothing / size) - (d_lse / total)[..., None] * (
-            _wide(logits[..., :valid]) - peak[..., None]
-        ).exp()
+        dx = (
+            dlogps[..., None] * (smoothing / size)
+            - (d_lse / total)[..., None] * (_wide(logits[..., :valid]) - peak[..., None]).exp()
+        )
         column = targets - first
         here = ((column >= 0) & (column < valid))[..., None]
         if valid:
@@ -267,7 +269,13 @@ def shards(group: Any) -> tuple[int, int]:
 
 
 def evaluate(
-    kernels: Any, logits: Tensor, targets: Tensor, mask: Tensor | None, terms: Terms, metrics: bool, group: Any
+    kernels: Any,
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    terms: Terms,
+    metrics: bool,
+    group: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logps, saved, entropy, hit) of this rank's logits: one op, or two around the all-gather."""
     _, size, smoothing, z = terms
@@ -332,20 +340,23 @@ def token_logprob(
 ) -> Tensor:
     """ln p(target) of every row of logits: logits [..., V/tp], targets [...] int64 -> [...] fp32, in nats.
 
-    With `label_smoothing` ε in [0, 1) it is (1 − ε) ln p(target) + ε times the mean of ln p over the vocabulary,
-    with `z_loss` z it is less z · lse², so that −token_logprob is the loss in every case.
+    With `label_smoothing` ε in [0, 1) it is (1 − ε) ln p(target) + ε times the mean of ln p over the
+    vocabulary, with `z_loss` z it is less z · lse², so that −token_logprob is the loss in every case.
 
-    tp_group: the ranks that share the vocabulary, each holding V/tp consecutive tokens in rank order; every one
-        calls with the same targets and gets the same result. One all-gather of 3 floats per token.
-    mask: bool [...]; where False, and where the target is −100, the result and the gradient are 0 and the logits
-        are not read.
+    tp_group: the ranks that share the vocabulary, each holding V/tp consecutive tokens in rank order; all
+    call
+        with the same targets and get the same result. One all-gather of 3 floats per token.
+    mask: bool [...]; where False, and where the target is −100, result and gradient are 0 and the logits are
+        not read.
     vocab_size: tokens in all; columns beyond are padding, without probability and gradient. Default: all V.
     inplace_backward: the backward writes its gradient over the logits, which are lost: no second backward, no
-        other use of their values (both are errors). For logits that a matmul made, not for leaves.
+        other use of their values. For what a matmul made: leaves are refused, and an operation before this
+        one that saved its output raises autograd's error (except inside torch.utils.checkpoint, where it
+        cannot see).
 
-    logits may be a view whose last stride is 1 and whose leading dimensions fold into two strides. Differentiable
-    once. Raises RuntimeError for a wrong dtype, device, shape or stride, or (on CPU) a target out of range; on
-    CUDA, where looking would make the host wait, that token's log-prob and gradient are NaN.
+    logits may be a view whose last stride is 1 and whose leading dimensions fold into two strides.
+    Differentiable once. Raises RuntimeError for a wrong dtype, device, shape or stride, or (on CPU) a target
+    out of range; on CUDA, where looking would make the host wait, that token's log-prob and gradient are NaN.
     """
     arguments = (mask, label_smoothing, z_loss, vocab_size, False, tp_group, inplace_backward, implementation)
     return _call(logits, targets, *arguments)[0]
@@ -369,24 +380,28 @@ def token_logprob_with_metrics(
     return TokenMetrics(*_call(logits, targets, *arguments))
 
 
-def _call(logits, targets, mask, label_smoothing, z_loss, vocab_size, metrics, group, inplace, implementation):
+def _call(
+    logits, targets, mask, label_smoothing, z_loss, vocab_size, metrics, group, inplace, implementation
+):
     ranks, rank = shards(group)
     columns = logits.shape[-1] if logits.dim() else 0
-    size = ranks * columns if vocab_size is None else vocab_size
+    size = max(1, ranks * columns) if vocab_size is None else vocab_size
     if not 1 <= size <= max(1, ranks * columns):
         raise RuntimeError(
             f"token_logprob: vocab_size is {size}; allowed: 1 to {ranks * columns}, the columns of all ranks"
         )
     if inplace and logits.is_leaf and logits.requires_grad:
         raise RuntimeError(
-            "token_logprob: inplace_backward would overwrite logits, which is a leaf that requires grad; allowed: "
-            "the output of an operation, such as a matmul"
+            "token_logprob: inplace_backward would overwrite logits, which is a leaf that requires grad; "
+            "allowed: the output of an operation, such as a matmul"
         )
     kernels = _Fused if library.use_compiled(implementation, logits.device.type) else _Reference
     targets = targets.contiguous()
     mask = None if mask is None else mask.contiguous()
     terms = Terms(rank * columns, size, label_smoothing, z_loss)
     if torch.compiler.is_compiling() and ranks == 1 and kernels is _Fused:
-        logps, _, entropy, hit = kernels.forward(logits, targets, mask, size, label_smoothing, z_loss, metrics)
+        logps, _, entropy, hit = kernels.forward(
+            logits, targets, mask, size, label_smoothing, z_loss, metrics
+        )
         return logps, entropy, hit
     return _TokenLogprob.apply(logits, targets, mask, terms, metrics, group, inplace, kernels)

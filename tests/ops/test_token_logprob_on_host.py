@@ -1,4 +1,5 @@
-"""The CUDA kernels of token log-probs, executed on the CPU thread by thread (cuda_on_host.h), against fp64."""
+"""The CUDA kernels of token log-probs, executed on the CPU thread by thread (cuda_on_host.h), against
+fp64."""
 
 import ctypes
 import subprocess
@@ -40,9 +41,11 @@ def nan(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 class Run:
-    """Forward and backward of x [outer, inner, width], its columns split over `shards`; outputs start out as NaN."""
+    """Forward and backward of x [outer, inner, width], its columns split over `shards`; outputs start out as
+    NaN."""
 
-    def __init__(self, kernels, x, targets, *, mask=None, size=None, smoothing=0.0, z=0.0, metrics=False, shards=1,
+    def __init__(self, kernels, x, targets, *, mask=None, size=None, smoothing=0.0, z=0.0, metrics=False,
+    shards=1,
                  dlogps=None, inplace=False, out_shift=None, seed=0, grid=2):  # fmt: skip
         rows, width = targets.numel(), x.shape[-1] // shards
         size = x.shape[-1] if size is None else size
@@ -63,7 +66,8 @@ class Run:
         if stats is not None:
             p = pointers(stats, *results)
             kernels.host_combine(
-                p, ctypes.c_int64(shards), ctypes.c_int64(rows), smooth, metrics, *terms, ctypes.c_int64(size), seed
+                p, ctypes.c_int64(shards), ctypes.c_int64(rows), smooth, metrics, *terms,
+                ctypes.c_int64(size), seed
             )  # fmt: skip
         dlogps = torch.ones(rows) if dlogps is None else dlogps
         self.dx = x.clone(memory_format=torch.preserve_format) if inplace else nan(*x.shape, dtype=x.dtype)
@@ -75,7 +79,9 @@ class Run:
             to = self.dx[..., first : first + width]
             source = to if inplace else part
             p = pointers(dlogps, source, targets, self.saved, to)
-            kernels.host_backward(code, p, layout(source), layout(to), width, vocab, *terms, grid, block, seed)
+            kernels.host_backward(
+                code, p, layout(source), layout(to), width, vocab, *terms, grid, block, seed
+            )
 
 
 def exact(x, targets, dlogps, *, mask=None, size=None, smoothing=0.0, z=0.0):
@@ -103,8 +109,8 @@ def check(run, x, targets, dlogps, size=None, **options):
     if run.entropy is not None:
         assert ((run.entropy - entropy).abs() <= 16 * unit * 12).all()
     got = run.dx.double().flatten(0, 1)
-    # The terms that make up an element are p, 1 at the target and ε/V; p errs by its exponent's rounding too, which
-    # is |x - max| units.
+    # The terms that make up an element are p, 1 at the target and ε/V; p errs by its exponent's rounding too,
+    # which is |x - max| units.
     flat = x.double()[..., :size].flatten(0, 1)
     p, below = flat.softmax(-1), (flat.amax(-1, keepdim=True) - flat).clamp(max=100)
     hot = torch.zeros_like(p).scatter_(1, targets.clamp(0, size - 1)[:, None], 1.0)
@@ -121,7 +127,8 @@ def batch(width, dtype=torch.float32, rows=(2, 3), scale=4.0):
     return x, targets, torch.randn(targets.shape)
 
 
-# One element, less than a vector, tails, one vector per thread, several turns of the unrolled loop, and two blocks' widths.
+# One element, less than a vector, tails, one vector per thread, several turns of the unrolled loop, and two
+# blocks' widths.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 5, 8, 37, 1029, 4100, 9001])
 @pytest.mark.parametrize("options", [{}, dict(smoothing=SMOOTHING, z=Z)], ids=["plain", "smoothed, z"])
