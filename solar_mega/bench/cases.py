@@ -5,7 +5,7 @@ peers' (peers.py) run on the same tensors, forward, backward or both, and are co
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ class Shape:
 
     tokens: int
     hidden: int
+    ffn: int
+    """Width of swiglu's output."""
     vocab: int
     heads: int
     kv_heads: int
@@ -221,6 +223,36 @@ _QKV_ROTARY = Operation(
     ),
 )
 
+# ---------------------------------------------------------------------------------------------- SwiGLU
+
+
+def _draw_swiglu(s: Shape, device: torch.device) -> Inputs:
+    x = torch.randn(s.tokens, 1, 2 * s.ffn, device=device).to(s.dtype)
+    return {"x": x, "dy": torch.randn(s.tokens, 1, s.ffn, device=device).to(s.dtype)}
+
+
+def _swiglu_eager(i: Inputs) -> tuple[Tensor, ...]:
+    gate, up = i["x"].chunk(2, -1)
+    return (F.silu(gate) * up,)
+
+
+def _ffn_rows(passes: int) -> Callable[[Shape], int]:
+    return lambda s: passes * s.tokens * s.ffn * s.element
+
+
+_SWIGLU = Operation(
+    "swiglu",
+    _draw_swiglu,
+    leaves=("x",),
+    grads=("dy",),
+    reference=lambda i: (ops.swiglu_reference(i["x"]),),
+    providers={"solar_mega": lambda i: (ops.swiglu(i["x"]),), "torch eager": _swiglu_eager},
+    modes=(
+        Mode("forward", _ffn_rows(3), "both halves read, y written"),
+        Mode("backward", _ffn_rows(5), "both halves and dy read, both gradients written"),
+    ),
+)
+
 # ---------------------------------------------------------------------------------------------- log-probs
 
 
@@ -361,11 +393,5 @@ _DPO_LOSS = Operation(
     ),
 )
 
-OPERATIONS: dict[str, Operation] = {
-    operation.name: operation
-    for operation in (_RMS_NORM, _ADD_RMS_NORM, _QKV_ROTARY, _TOKEN_LOGPROB, _LINEAR_TOKEN_LOGPROB, _DPO_LOSS)
-}
-
-
-def with_peers(operation: Operation, peers: dict[str, Formula]) -> Operation:
-    return replace(operation, providers=operation.providers | peers)
+_ALL = (_RMS_NORM, _ADD_RMS_NORM, _QKV_ROTARY, _SWIGLU, _TOKEN_LOGPROB, _LINEAR_TOKEN_LOGPROB, _DPO_LOSS)
+OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in _ALL}

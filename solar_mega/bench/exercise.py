@@ -13,13 +13,13 @@ from solar_mega.bench.cases import OPERATIONS, Shape, call_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# tokens, hidden, vocab, heads, kv_heads, head_dim, head_hidden, pairs: odd rows, and widths that take every
-# kernel: vectors or single elements, one to several of them per thread.
+# tokens, hidden, ffn, vocab, heads, kv_heads, head_dim, head_hidden, pairs: odd rows, and widths that
+# take every kernel: vectors or single elements, one to several of them per thread.
 SIZES = (
-    (37, 264, 1003, 6, 2, 24, 40, 3),
-    (5, 2056, 32000, 4, 4, 64, 64, 1),
-    (9, 16384, 4096, 8, 1, 128, 16, 2),
-    (3, 77, 33, 2, 1, 10, 8, 1),
+    (37, 264, 520, 1003, 6, 2, 24, 40, 3),
+    (5, 2056, 77, 32000, 4, 4, 64, 64, 1),
+    (9, 16384, 14336, 4096, 8, 1, 128, 16, 2),
+    (3, 77, 1, 33, 2, 1, 10, 8, 1),
 )
 
 

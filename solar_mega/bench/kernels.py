@@ -42,6 +42,8 @@ class KernelBench:
     tokens: int | None = None
     """Rows of every operation; default: 8192 on a GPU, 2048 on a CPU."""
     hidden: int = 4096
+    ffn: int = 14336
+    """Width of swiglu's output."""
     vocab: int = 32000
     heads: int = 32
     kv_heads: int = 8
@@ -132,6 +134,7 @@ def _check(o: KernelBench) -> None:
     for name in (
         "tokens",
         "hidden",
+        "ffn",
         "vocab",
         "heads",
         "kv_heads",
@@ -157,7 +160,9 @@ def _shape(o: KernelBench, device: torch.device) -> Shape:
     dtype = DTYPES[o.precision or ("bf16" if gpu else "fp32")]
     tokens = o.tokens or (8192 if gpu else 2048)
     head_hidden = o.head_hidden or (o.hidden if gpu else min(o.hidden, 1024))
-    return Shape(tokens, o.hidden, o.vocab, o.heads, o.kv_heads, o.head_dim, head_hidden, o.pairs, dtype)
+    return Shape(
+        tokens, o.hidden, o.ffn, o.vocab, o.heads, o.kv_heads, o.head_dim, head_hidden, o.pairs, dtype
+    )
 
 
 def _formulas(operation: Operation, o: KernelBench) -> tuple[dict[str, Formula], dict[str, str]]:

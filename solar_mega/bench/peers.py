@@ -144,6 +144,19 @@ def _flash_rotary() -> Formula:
     return formula
 
 
+# ---------------------------------------------------------------------------------------------- SwiGLU
+
+
+def _megatron_swiglu() -> Formula:
+    swiglu = _from("megatron.core.fusions.fused_bias_swiglu", "bias_swiglu_impl")
+    return lambda i: (swiglu(i["x"], None),)
+
+
+def _liger_swiglu() -> Formula:
+    swiglu = _from("liger_kernel.transformers.functional", "liger_swiglu")
+    return lambda i: (swiglu(*i["x"].chunk(2, -1)),)
+
+
 # ---------------------------------------------------------------------------------------------- log-probs
 
 
@@ -204,6 +217,7 @@ PEERS: dict[str, dict[str, Loader]] = {
         "liger": _liger_rotary,
         "flash-attn": _flash_rotary,
     },
+    "swiglu": {"megatron fused": _megatron_swiglu, "liger": _liger_swiglu},
     "token_logprob": {
         "megatron local": _megatron_logprob,
         "megatron fused": _megatron_fused_logprob,

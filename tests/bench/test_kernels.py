@@ -13,9 +13,9 @@ from solar_mega.bench.peers import PEERS
 from solar_mega.errors import UserError
 
 TINY = dict(
-    tokens=24, hidden=32, vocab=96, heads=4, kv_heads=2, head_dim=8, head_hidden=16, pairs=3, rounds=3
+    tokens=24, hidden=32, ffn=40, vocab=96, heads=4, kv_heads=2, head_dim=8, head_hidden=16, pairs=3, rounds=3
 )
-SHAPE = Shape(8192, 4096, 32000, 32, 8, 128, 4096, 8, torch.bfloat16)
+SHAPE = Shape(8192, 4096, 14336, 32000, 32, 8, 128, 4096, 8, torch.bfloat16)
 COMMON = ("torch eager", "torch F.rms_norm", "torch F.cross_entropy", "megatron local", "megatron fused")
 COMMON += ("solar_mega, weights given",)
 
@@ -39,6 +39,8 @@ def test_floor_bytes_at_8192_tokens():
     assert floor_megabytes("add_rms_norm", "forward") == 268.5
     assert floor_megabytes("add_rms_norm", "backward") == 268.5
     assert floor_megabytes("qkv_rotary", "forward") == 172.0
+    assert floor_megabytes("swiglu", "forward") == 704.6
+    assert floor_megabytes("swiglu", "backward") == 1174.4
     assert floor_megabytes("token_logprob", "forward") == 524.3
     assert floor_megabytes("token_logprob", "both") == 1572.9
 
@@ -70,7 +72,7 @@ def test_report_of_every_operation(tmp_path, capsys):
 def test_a_backward_leaves_no_more_than_its_outputs():
     """Extra memory is exact where it is known: dx, dweight and the partial sums of RMSNorm's backward."""
     operation, device = OPERATIONS["rms_norm"], torch.device("cpu")
-    shape = Shape(64, 128, 8, 1, 1, 2, 8, 1, torch.float32)
+    shape = Shape(64, 128, 8, 8, 1, 1, 2, 8, 1, torch.float32)
     inputs = operation.draw(shape, device)
     forward = call_for(operation, operation.providers["solar_mega"], "forward", inputs)
     if ops.available():
@@ -82,7 +84,7 @@ def test_a_backward_leaves_no_more_than_its_outputs():
 def test_overwritten_inputs_do_not_reach_the_next_provider():
     """Ours writes its gradient over the logits; every provider must still be judged on the same numbers."""
     operation, device = OPERATIONS["token_logprob"], torch.device("cpu")
-    shape = Shape(16, 8, 64, 1, 1, 2, 8, 1, torch.float32)
+    shape = Shape(16, 8, 8, 64, 1, 1, 2, 8, 1, torch.float32)
     inputs = operation.draw(shape, device)
     before = {name: t.clone() for name, t in inputs.items()}
     exact = call_for(operation, operation.reference, "both", fp64(inputs))()
