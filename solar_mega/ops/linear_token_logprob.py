@@ -66,14 +66,27 @@ def _pieces(count: int, bytes_each: int, limit: int, multiple: int) -> list[slic
     return [slice(start, min(start + each, count)) for start in range(0, count, each)]
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+class _Buffer:
+    """Memory of one piece of logits, used for all: asking for it again costs page faults on the CPU, and two
+    pieces at a time while the old one is still held."""
+
+    def __init__(self, pieces: list[slice], across: int, like: Tensor) -> None:
+        self.flat = like.new_empty(max(p.stop - p.start for p in pieces) * across)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        out = self.flat[: a.shape[0] * b.shape[1]].view(a.shape[0], b.shape[1])
+        return torch.mm(a, b, out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, limit: int) -> None:
     """total += a · b, total fp32 (or fp64)."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(a @ b)  # PyTorch's CPU products are rounded to the dtype of their factors
+    else:  # PyTorch's CPU products come rounded to the dtype of their factors
+        for rows in _pieces(a.shape[0], b.shape[1] * b.element_size(), limit, 64):
+            total[rows].add_(a[rows] @ b)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,8 +122,10 @@ def _forward_by_columns(x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor
     """(logps, saved) of x [T, h] without a gradient."""
     first, size, smoothing, z = head.terms
     stats = []
-    for piece in _pieces(weight.shape[0], x.shape[0] * x.element_size(), head.limit, 64):
-        logits = x @ weight[piece].t()
+    pieces = _pieces(weight.shape[0], x.shape[0] * x.element_size(), head.limit, 64)
+    buffer = _Buffer(pieces, x.shape[0], x)
+    for piece in pieces:
+        logits = buffer.product(x, weight[piece].t())
         stats.append(
             head.kernels.partial(logits, targets, mask, first + piece.start, size, smoothing != 0, False)
         )
@@ -133,14 +148,16 @@ def _backward_by_columns(
     wide = torch.promote_types(x.dtype, torch.float32)
     dhidden = torch.zeros(x.shape, dtype=wide, device=x.device) if wanted[0] else None
     dweight = torch.empty_like(weight) if wanted[1] else None
-    for piece in _pieces(weight.shape[0], x.shape[0] * x.element_size(), head.limit, 64):
+    pieces = _pieces(weight.shape[0], x.shape[0] * x.element_size(), head.limit, 64)
+    buffer = _Buffer(pieces, x.shape[0], x)
+    for piece in pieces:
         part = weight[piece]
-        dlogits = x @ part.t()
+        dlogits = buffer.product(x, part.t())  # logits until the next line
         head.kernels.backward_(dlogps, dlogits, targets, saved, first + piece.start, *rest)
         if dweight is not None:
             torch.mm(dlogits.t(), x, out=dweight[piece])
         if dhidden is not None:
-            _add_product(dhidden, dlogits, part)
+            _add_product(dhidden, dlogits, part, head.limit)
     return dhidden, dweight
 
 
@@ -187,9 +204,10 @@ def _gradient_by_tokens(
     dhidden = torch.empty_like(x) if wanted[0] else None
     dweight = None
     pieces = _pieces(x.shape[0], weight.shape[0] * x.element_size(), head.limit, 16)
+    buffer = _Buffer(pieces, weight.shape[0], x)
     for piece in pieces:
         part, labels, counted = x[piece], targets[piece], None if mask is None else mask[piece]
-        logits = part @ weight.t()
+        logits = buffer.product(part, weight.t())
         logps[piece], saved, *_ = evaluate(
             head.kernels, logits, labels, counted, head.terms, False, head.group
         )
@@ -197,7 +215,7 @@ def _gradient_by_tokens(
         if dhidden is not None:
             torch.mm(logits, weight, out=dhidden[piece])
         if wanted[1] and dweight is not None:
-            _add_product(dweight, logits.t(), part)
+            _add_product(dweight, logits.t(), part, head.limit)
         elif wanted[1]:
             dweight = _product(logits.t(), part, x.dtype if len(pieces) == 1 else wide)
     return logps, dhidden, dweight

@@ -344,8 +344,7 @@ def token_logprob(
     vocabulary, with `z_loss` z it is less z · lse², so that −token_logprob is the loss in every case.
 
     tp_group: the ranks that share the vocabulary, each holding V/tp consecutive tokens in rank order; all
-    call
-        with the same targets and get the same result. One all-gather of 3 floats per token.
+        call with the same targets and get the same result. One all-gather of 3 floats per token.
     mask: bool [...]; where False, and where the target is −100, result and gradient are 0 and the logits are
         not read.
     vocab_size: tokens in all; columns beyond are padding, without probability and gradient. Default: all V.
