@@ -13,6 +13,7 @@ from solar_mega.config.schema import KernelConfig, ParallelConfig, Precision, Tr
 from solar_mega.model.architecture import Architecture
 from solar_mega.model.head import LossHead, SolarGPT
 from solar_mega.model.layout import check_layout
+from solar_mega.model.linear import ColumnLinear, RowLinear
 from solar_mega.model.rotary import RotaryPositions
 from solar_mega.model.spec import SolarSpecProvider, solar_layer_spec
 
@@ -144,9 +145,9 @@ def _mark_tensor_parallel_weights(chunk: GPTModel) -> None:
     """Megatron marks split weights while it initialises them, which is skipped here. Without the marks they
     would count once instead of once per rank in the gradient norm."""
     split_axis = {
-        tensor_parallel.ColumnParallelLinear: 0,
+        ColumnLinear: 0,
         LossHead: 0,
-        tensor_parallel.RowParallelLinear: 1,
+        RowLinear: 1,
         tensor_parallel.VocabParallelEmbedding: 0,
     }
     for module in chunk.modules():

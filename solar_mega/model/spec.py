@@ -13,14 +13,21 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from solar_mega.config.schema import KernelConfig
 from solar_mega.model.architecture import Architecture
 from solar_mega.model.attention import RotarySelfAttention, SDPAttention
+from solar_mega.model.linear import ColumnLinear, RowLinear
 from solar_mega.model.modules import GatedMLP, RMSNorm, SolarLayer
 
 
 class SolarSpecProvider(LocalSpecProvider):
-    """megatron-core's local linears with this project's norm and attention."""
+    """megatron-core's local modules with this project's linears, norm and attention."""
 
     def __init__(self, kernels: KernelConfig) -> None:
         self.kernels = kernels
+
+    def column_parallel_linear(self) -> type:
+        return ColumnLinear
+
+    def row_parallel_linear(self) -> type:
+        return RowLinear
 
     def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> ModuleSpec:
         return ModuleSpec(module=RMSNorm, params={"implementation": self.kernels.rms_norm})

@@ -3,6 +3,7 @@
 from solar_mega.ops.dpo_loss import DPOLoss, dpo_loss, dpo_loss_reference
 from solar_mega.ops.library import available, build_info, report
 from solar_mega.ops.linear_token_logprob import linear_token_logprob, linear_token_logprob_reference
+from solar_mega.ops.products import products_in_fp32
 from solar_mega.ops.qkv_rotary import qkv_rotary, qkv_rotary_reference
 from solar_mega.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from solar_mega.ops.swiglu import swiglu, swiglu_reference
@@ -22,10 +23,11 @@ __all__ = [
     "build_info",
     "dpo_loss",
     "dpo_loss_reference",
-    "qkv_rotary",
-    "qkv_rotary_reference",
     "linear_token_logprob",
     "linear_token_logprob_reference",
+    "products_in_fp32",
+    "qkv_rotary",
+    "qkv_rotary_reference",
     "report",
     "rms_norm",
     "rms_norm_reference",

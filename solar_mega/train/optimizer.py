@@ -1,5 +1,6 @@
 """Model chunks -> Megatron's DDP, its (distributed) optimizer, and the learning-rate schedule."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,15 +16,57 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from solar_mega.config.schema import OptimizerConfig, ParallelConfig, Precision, ScheduleConfig
+from solar_mega.model.linear import ColumnLinear, RowLinear
+from solar_mega.runtime import parallel as ranks
 
 
-class LoneReplica(DistributedDataParallel):
-    """Megatron's DDP where there is one data-parallel rank: its collectives would copy every gradient and
-    every weight onto itself, an eighth of a small model's step on a CPU.
+class Replica(DistributedDataParallel):
+    """Megatron's DDP with gradient buffers that products of `model.linear` overwrite rather than add to."""
+
+    def zero_grad_buffer(self) -> None:
+        if ranks.device().type == "cuda":
+            super().zero_grad_buffer()
+            return
+        for parameter in self.params_with_grad:
+            parameter.grad_added_to_main_grad = False
+            parameter.main_grad_is_stale = parameter in self._overwritten
+            if not parameter.main_grad_is_stale:
+                parameter.main_grad.zero_()
+        for group in self.bucket_groups:
+            group.reset()
+
+    @functools.cached_property
+    def _overwritten(self) -> set[torch.nn.Parameter]:
+        linears = (module for module in self.module.modules() if isinstance(module, ColumnLinear | RowLinear))
+        return {linear.weight for linear in linears}
+
+    def start_grad_sync(self, *unused) -> None:
+        self._zero_what_is_stale()
+        super().start_grad_sync(*unused)
+
+    def finish_grad_sync(self, *unused, **options) -> None:
+        self._zero_what_is_stale()
+        super().finish_grad_sync(*unused, **options)
+
+    def _zero_what_is_stale(self) -> None:
+        """Weights that no product of this step had a gradient for."""
+        for parameter in self._overwritten:
+            if parameter.main_grad_is_stale:
+                parameter.main_grad_is_stale = False
+                parameter.main_grad.zero_()
+
+
+class LoneReplica(Replica):
+    """A replica without others: Megatron's collectives would copy every gradient and every weight onto
+    itself, an eighth of a small model's step on a CPU.
     """
 
-    def start_grad_sync(self, *unused) -> None: ...
-    def finish_grad_sync(self, *unused, **options) -> None: ...
+    def start_grad_sync(self, *unused) -> None:
+        self._zero_what_is_stale()
+
+    def finish_grad_sync(self, *unused, **options) -> None:
+        self._zero_what_is_stale()
+
     def start_param_sync(self, *unused, **options) -> None: ...
 
 
@@ -41,7 +84,7 @@ def wrap(
         overlap_grad_reduce=False,
     )
     alone = parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1
-    replica = LoneReplica if alone and lean else DistributedDataParallel
+    replica = (LoneReplica if alone else Replica) if lean else DistributedDataParallel
     return [
         # One bucket for all but the first chunk: later chunks' gradients are ready together (interleaved
         # schedule).
