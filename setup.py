@@ -101,8 +101,9 @@ def with_cuda() -> tuple[bool, str]:
 
 def cpu_flags() -> list[str]:
     # Portable code: wider vector units are chosen at run time (csrc/cpu/dispatch.h), so no -march here.
-    # OpenMP's `simd` pragmas vectorise reductions and, unlike -ffast-math, keep IEEE semantics elsewhere. Nothing
-    # here looks at floating-point exception flags; assuming so lets loops with a choice in them be vectorised.
+    # OpenMP's `simd` pragmas vectorise reductions and, unlike -ffast-math, keep IEEE semantics elsewhere.
+    # Nothing here looks at floating-point exception flags; assuming so lets loops with a choice in them be
+    # vectorised.
     semantics = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
     return ["-std=c++17", "-O3", *semantics, "-fvisibility=hidden", "-Wall"]
 
