@@ -46,6 +46,7 @@ RANGES = {
     "schedule.decay_steps": _at_least(1),
     "checkpoint.interval": _at_least(0),
     "checkpoint.keep": _at_least(2),
+    "kernels.loss_logits_mib": _at_least(0),
 }
 """Key -> (test, what is allowed). None (a setting left to its default) is always allowed."""
 
