@@ -9,10 +9,11 @@ at most `max_logits_bytes`. Two ways to the gradient, both with 6 T h V of neces
     weights given   pieces of tokens, all columns   [t, V/tp]   6 T h V: the gradient is made in the forward
     otherwise       pieces of columns, all tokens   [T, v]      8 T h V: the backward recomputes the logits
 
-In the first the forward knows dlogits up to one factor, as the caller tells it how the log-probs will be
-weighted, and keeps dhidden and dweight, the size of the results, until the backward scales them. In the
-second, pieces of columns make each piece of dweight complete after one product, accumulated in fp32 within it
-and rounded once, and the only fp32 sum in memory is dhidden, [T, h].
+In the first, the way to go where time counts, the forward knows dlogits up to one factor, as the caller tells
+it how the log-probs will be weighted, and keeps dhidden and dweight, the size of the results but dweight in
+fp32, until the backward scales them. In the second, the way to go where memory counts, pieces of columns make
+each piece of dweight complete after one product, accumulated in fp32 within it and rounded once, and the only
+fp32 sum in memory is dhidden, [T, h].
 """
 
 import math
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from solar_mega.ops import library
+from solar_mega.ops.products import products_in_fp32
 from solar_mega.ops.token_logprob import (
     Terms,
     _Fused,
@@ -56,6 +58,13 @@ class Head(NamedTuple):
     limit: int
     """Bytes of logits held at a time."""
     kernels: Any
+    dtype: torch.dtype
+    """Of the logits and of the factors of every product."""
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    widened = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" and products_in_fp32()
+    return torch.float32 if widened else hidden.dtype
 
 
 def _pieces(count: int, bytes_each: int, limit: int, multiple: int) -> list[slice]:
@@ -66,16 +75,25 @@ def _pieces(count: int, bytes_each: int, limit: int, multiple: int) -> list[slic
     return [slice(start, min(start + each, count)) for start in range(0, count, each)]
 
 
-class _Buffer:
-    """Memory of one piece of logits, used for all: asking for it again costs page faults on the CPU, and two
-    pieces at a time while the old one is still held."""
+class _Scratch:
+    """Memory for what is made for each piece, allocated once per name, as the first piece is no smaller than
+    the others. Fresh memory for each would cost page faults on the CPU, and the C library's heap does not
+    always fit one aligned block where the last one was."""
 
-    def __init__(self, pieces: list[slice], across: int, like: Tensor) -> None:
-        self.flat = like.new_empty(max(p.stop - p.start for p in pieces) * across)
+    def __init__(self, like: Tensor) -> None:
+        self.like, self.memory = like, {}
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        out = self.flat[: a.shape[0] * b.shape[1]].view(a.shape[0], b.shape[1])
-        return torch.mm(a, b, out=out)
+    def take(self, name: str, rows: int, columns: int) -> Tensor:
+        if name not in self.memory:
+            self.memory[name] = self.like.new_empty(rows * columns)
+        return self.memory[name][: rows * columns].view(rows, columns)
+
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        return torch.mm(a, b, out=self.take(name, a.shape[0], b.shape[1]))
+
+    def widened(self, name: str, x: Tensor) -> Tensor:
+        """x in the dtype of the products."""
+        return x if x.dtype == self.like.dtype else self.take(name, *x.shape).copy_(x)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, limit: int) -> None:
@@ -96,10 +114,10 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gather_sequence(hidden: Tensor, head: Head) -> Tensor:
-    """This rank's part of the sequence -> all of it, flattened to [T, h]."""
+    """This rank's part of the sequence -> all of it, flattened to [T, h], in the dtype of the products."""
     if head.sequence_parallel and shards(head.group)[0] > 1:
         hidden = gathered(hidden.contiguous(), head.group).flatten(0, 1)
-    return hidden.reshape(-1, hidden.shape[-1])
+    return hidden.reshape(-1, hidden.shape[-1]).to(head.dtype)
 
 
 def _sum_shards(dhidden: Tensor, like: Tensor, head: Head) -> Tensor:
@@ -123,9 +141,9 @@ def _forward_by_columns(x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor
     first, size, smoothing, z = head.terms
     stats = []
     pieces = _pieces(weight.shape[0], x.shape[0] * x.element_size(), head.limit, 64)
-    buffer = _Buffer(pieces, x.shape[0], x)
+    scratch = _Scratch(x)
     for piece in pieces:
-        logits = buffer.product(x, weight[piece].t())
+        logits = scratch.product("logits", x, scratch.widened("weight", weight[piece]).t())
         stats.append(
             head.kernels.partial(logits, targets, mask, first + piece.start, size, smoothing != 0, False)
         )
@@ -149,13 +167,15 @@ def _backward_by_columns(
     dhidden = torch.zeros(x.shape, dtype=wide, device=x.device) if wanted[0] else None
     dweight = torch.empty_like(weight) if wanted[1] else None
     pieces = _pieces(weight.shape[0], x.shape[0] * x.element_size(), head.limit, 64)
-    buffer = _Buffer(pieces, x.shape[0], x)
+    scratch = _Scratch(x)
     for piece in pieces:
-        part = weight[piece]
-        dlogits = buffer.product(x, part.t())  # logits until the next line
+        part = scratch.widened("weight", weight[piece])
+        dlogits = scratch.product("logits", x, part.t())  # logits until the next line
         head.kernels.backward_(dlogps, dlogits, targets, saved, first + piece.start, *rest)
-        if dweight is not None:
+        if dweight is not None and dweight.dtype == x.dtype:
             torch.mm(dlogits.t(), x, out=dweight[piece])
+        elif dweight is not None:
+            dweight[piece] = scratch.product("dweight", dlogits.t(), x)
         if dhidden is not None:
             _add_product(dhidden, dlogits, part, head.limit)
     return dhidden, dweight
@@ -199,15 +219,16 @@ def _gradient_by_tokens(
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(logps, dhidden, dweight) of x [T, h] for the gradient `weights` [T] of logps."""
+    weight = weight.to(x.dtype)
     wide = torch.promote_types(x.dtype, torch.float32)
     logps = torch.empty(x.shape[:1], dtype=wide, device=x.device)
     dhidden = torch.empty_like(x) if wanted[0] else None
     dweight = None
     pieces = _pieces(x.shape[0], weight.shape[0] * x.element_size(), head.limit, 16)
-    buffer = _Buffer(pieces, weight.shape[0], x)
+    scratch = _Scratch(x)
     for piece in pieces:
         part, labels, counted = x[piece], targets[piece], None if mask is None else mask[piece]
-        logits = buffer.product(part, weight.t())
+        logits = scratch.product("logits", part, weight.t())
         logps[piece], saved, *_ = evaluate(
             head.kernels, logits, labels, counted, head.terms, False, head.group
         )
@@ -303,8 +324,9 @@ def linear_token_logprob(
         number, as that of (token_weights * logps).sum() is, at whatever loss scale. The gradients are then
         made in the forward, which saves a quarter of the multiplications and holds dweight (fp32) and dhidden
         until the backward. A broken promise is seen there and makes every gradient NaN.
-    max_logits_bytes: of one piece of logits, in the dtype of hidden; pieces are never smaller than 64 columns
-        or 16 tokens.
+    max_logits_bytes: of one piece of logits, in the dtype of hidden (fp32 on processors that multiply bf16
+    more
+        slowly than fp32); pieces are never smaller than 64 columns or 16 tokens.
 
     The other arguments, and what is raised, are those of `token_logprob`.
     """
@@ -319,7 +341,7 @@ def linear_token_logprob(
         )
     kernels = _Fused if library.use_compiled(implementation, hidden.device.type) else _Reference
     terms = Terms(rank * columns, size, label_smoothing, z_loss)
-    head = Head(terms, tp_group, sequence_parallel, max_logits_bytes, kernels)
+    head = Head(terms, tp_group, sequence_parallel, max_logits_bytes, kernels, _product_dtype(hidden))
     if targets.numel() == 0:
         nothing = (hidden @ weight.t()).sum(-1).view(targets.shape)
         return nothing.to(torch.promote_types(hidden.dtype, torch.float32))
