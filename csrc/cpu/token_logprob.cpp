@@ -26,7 +26,7 @@
 namespace solar_mega {
 namespace {
 
-constexpr int64_t kBlock = 2048;
+constexpr int64_t kBlock = 512; // summed in fp32, blocks in fp64: short enough to round well with four lanes
 constexpr int64_t kGrain = 16384; // elements below which a thread is not worth waking
 constexpr float kNoMax = -std::numeric_limits<float>::infinity();
 
