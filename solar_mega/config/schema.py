@@ -184,8 +184,9 @@ class KernelConfig:
     swiglu: Implementation = "fused"
     """Gated activation of the feed-forward layer: the compiled op or the PyTorch reference."""
 
-    attention: Literal["sdpa", "reference"] = "sdpa"
-    """Core attention: PyTorch's scaled_dot_product_attention, or megatron-core's unfused softmax."""
+    attention: Literal["fused", "sdpa", "reference"] = "fused"
+    """Core attention: the compiled op on CPUs and PyTorch's scaled_dot_product_attention on GPUs, the latter
+    everywhere, or megatron-core's unfused softmax."""
 
     token_loss: Implementation = "fused"
     """Vocabulary-parallel cross entropy: the compiled ops, or megatron-core's own over all logits."""

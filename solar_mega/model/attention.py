@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from solar_mega.model.architecture import Rope
 from solar_mega.model.rotary import rotary_tables
-from solar_mega.ops import qkv_rotary
+from solar_mega.ops import causal_attention, qkv_rotary
+from solar_mega.ops.causal_attention import band
 
 
 class RotarySelfAttention(SelfAttention):
@@ -100,8 +101,7 @@ class SDPAttention(nn.Module):
         """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n*d]. Raises ValueError for packed
         sequences.
         """
-        if kwargs.get("packed_seq_params") is not None:
-            raise ValueError("SDPAttention takes unpacked [s, b, heads, d] sequences; got packed_seq_params")
+        self._refuse_packed(kwargs)
         s, b = query.shape[:2]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d], views
         window = self.window if self.window is not None and self.window < s else None
@@ -109,7 +109,7 @@ class SDPAttention(nn.Module):
             q,
             k,
             v,
-            attn_mask=None if window is None else _band(s, window, q.device),
+            attn_mask=None if window is None else band(s, window, q.device),
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=window is None,
             scale=self.scale,
@@ -117,8 +117,23 @@ class SDPAttention(nn.Module):
         )
         return context.permute(2, 0, 1, 3).reshape(s, b, -1)
 
+    def _refuse_packed(self, kwargs: dict) -> None:
+        if kwargs.get("packed_seq_params") is not None:
+            name = type(self).__name__
+            raise ValueError(f"{name} takes unpacked [s, b, heads, d] sequences; got packed_seq_params")
 
-def _band(s: int, window: int, device: torch.device) -> Tensor:
-    """[s, s], True where key j is visible to query i: i - window < j <= i."""
-    distance = torch.arange(s, device=device)[:, None] - torch.arange(s, device=device)[None, :]
-    return (distance >= 0) & (distance < window)
+
+class FusedAttention(SDPAttention):
+    """Causal attention through this project's op on CPUs, where it takes about half the time; elsewhere as
+    above.
+    """
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> Tensor:
+        """As `SDPAttention.forward`."""
+        if query.device.type != "cpu" or (self.training and self.dropout > 0):
+            return super().forward(query, key, value, attention_mask, **kwargs)
+        self._refuse_packed(kwargs)
+        context = causal_attention(query, key, value, scale=self.scale, window=self.window or 0)
+        return context.flatten(2)

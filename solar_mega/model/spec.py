@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from solar_mega.config.schema import KernelConfig
 from solar_mega.model.architecture import Architecture
-from solar_mega.model.attention import RotarySelfAttention, SDPAttention
+from solar_mega.model.attention import FusedAttention, RotarySelfAttention, SDPAttention
 from solar_mega.model.linear import ColumnLinear, RowLinear
 from solar_mega.model.modules import GatedMLP, RMSNorm, SolarLayer
 
@@ -33,7 +33,8 @@ class SolarSpecProvider(LocalSpecProvider):
         return ModuleSpec(module=RMSNorm, params={"implementation": self.kernels.rms_norm})
 
     def core_attention(self) -> type:
-        return SDPAttention if self.kernels.attention == "sdpa" else DotProductAttention
+        kinds = {"fused": FusedAttention, "sdpa": SDPAttention, "reference": DotProductAttention}
+        return kinds[self.kernels.attention]
 
 
 def solar_layer_spec(arch: Architecture, kernels: KernelConfig, max_positions: int) -> ModuleSpec:

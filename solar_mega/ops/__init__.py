@@ -1,5 +1,6 @@
 """The Python face of `csrc/`. Each file reads in one direction: formula, reference, op, autograd, public."""
 
+from solar_mega.ops.causal_attention import causal_attention, causal_attention_reference
 from solar_mega.ops.dpo_loss import DPOLoss, dpo_loss, dpo_loss_reference
 from solar_mega.ops.library import available, build_info, report
 from solar_mega.ops.linear_token_logprob import linear_token_logprob, linear_token_logprob_reference
@@ -21,6 +22,8 @@ __all__ = [
     "add_rms_norm_reference",
     "available",
     "build_info",
+    "causal_attention",
+    "causal_attention_reference",
     "dpo_loss",
     "dpo_loss_reference",
     "linear_token_logprob",
