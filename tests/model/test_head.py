@@ -1,5 +1,4 @@
-"""The model's loss through each of its paths is Megatron's, and so are its gradients; bad settings are
-refused."""
+"""The model's loss and gradients through each of its paths are Megatron's; bad settings are refused."""
 
 from dataclasses import replace
 
