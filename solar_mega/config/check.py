@@ -143,7 +143,7 @@ def _check_schedule(cfg: PretrainConfig, problems: Problems) -> None:
         if schedule.warmup_steps + decay > steps:
             problems.add(
                 f"schedule.warmup_steps = {schedule.warmup_steps} leaves {steps - schedule.warmup_steps} of "
-                f"train.steps = {steps} for the decay of schedule.kind = \"{schedule.kind}\", which takes "
+                f'train.steps = {steps} for the decay of schedule.kind = "{schedule.kind}", which takes '
                 f"{decay} or more; warm up for less or choose constant"
             )
         return
