@@ -57,27 +57,8 @@ def run_sanitized(arguments: list[str], environment: dict[str, str]) -> subproce
 
 
 def _runs(command: list[str]) -> bool:
-    return shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True).returncode
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-    ==
-    0
+    found = shutil.which(command[0]) is not None
+    return found and subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("suite", SUITES, ids=lambda path: path.stem)
