@@ -2,9 +2,9 @@
 
     y = x Wᵀ          forward, x gathered along the sequence under sequence parallelism
     dx = dy W         summed over the tensor-parallel ranks, or reduce-scattered along the sequence
-    dW += dyᵀ x       straight into the parameter's fp32 gradient buffer (Megatron has this for CUDA with apex
-    only;
-                      otherwise it makes dW, and adds it): the first one of a step overwrites what is there
+    dW += dyᵀ x       straight into the parameter's fp32 gradient buffer; the first of a step overwrites it
+
+Megatron adds in place on CUDA with apex only; otherwise it makes dW and adds that to a buffer of zeros.
 
 On processors whose bf16 products are slower than their fp32 ones (`ops.products_in_fp32`), bf16 tensors are
 widened for the product and the result rounded once, which is what a bf16 product does inside.

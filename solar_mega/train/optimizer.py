@@ -57,9 +57,7 @@ class Replica(DistributedDataParallel):
 
 
 class LoneReplica(Replica):
-    """A replica without others: Megatron's collectives would copy every gradient and every weight onto
-    itself, an eighth of a small model's step on a CPU.
-    """
+    """A replica without others: Megatron's collectives would copy every gradient and weight onto itself."""
 
     def start_grad_sync(self, *unused) -> None:
         self._zero_what_is_stale()
