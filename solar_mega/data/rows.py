@@ -180,7 +180,6 @@ def _from_datasets(spec: DatasetSpec, path: Path) -> Iterator[Row | BadRecord]:
         raise UserError(f"{spec.path}: cannot be read as a dataset directory: {error}") from None
     if isinstance(data, datasets.DatasetDict):
         split = spec.split or "train"
-        names = ", ".join(data)
         if split not in data:
             raise UserError(
                 f"{spec.path}: has no split {split!r}; write split=NAME, one of {', '.join(data)}"
