@@ -26,7 +26,7 @@ from solar_mega.model.builder import DTYPES, build_model
 from solar_mega.runtime import parallel as ranks
 from solar_mega.runtime.console import Progress, say, table
 from solar_mega.train.optimizer import build_optimizer, build_schedule, wrap
-from solar_mega.train.step import Trainer, next_token_loss
+from solar_mega.train.step import NEXT_TOKEN, Objective, Trainer
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _megatron_step(chunks, o: StepBench, wrapped, tuned: bool) -> Step:
     def loss(chunk, batch):
         return chunk(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
 
-    trainer = Trainer(wrapped, optimizer, schedule, next_token_loss if tuned else loss, o.batch, s)
+    trainer = Trainer(wrapped, optimizer, schedule, NEXT_TOKEN if tuned else Objective(loss), o.batch, s)
     positions = torch.arange(s, device=ranks.device())[None].expand(o.batch, -1)
     counted = torch.ones(o.batch, s, device=ranks.device())
 

@@ -6,9 +6,20 @@ answered where the architecture is known, in `solar_mega.model`.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-from solar_mega.config.schema import ParallelConfig, PretrainConfig
+from solar_mega.config.schema import (
+    CheckpointConfig,
+    KernelConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OutputConfig,
+    ParallelConfig,
+    PretrainConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from solar_mega.config.units import parse_bytes
 from solar_mega.errors import Problems, UserError
 
@@ -51,20 +62,52 @@ RANGES = {
 """Key -> (test, what is allowed). None (a setting left to its default) is always allowed."""
 
 
+class TrainingConfig(Protocol):
+    """The sections that the configuration of every training has."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def schedule(self) -> ScheduleConfig: ...
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
+    @property
+    def kernels(self) -> KernelConfig: ...
+    @property
+    def output(self) -> OutputConfig: ...
+
+
+C = TypeVar("C", bound=TrainingConfig)
+
+
 def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
     """Raises UserError listing everything that is wrong with `cfg` for a run on `world_size` processes."""
+    check_training(cfg, world_size, _check_corpora)
+
+
+def check_training(cfg: C, world_size: int, check_data: Callable[[C, Problems], None]) -> None:
+    """What every training's configuration must keep to, and what `check_data` adds of its own.
+
+    Raises UserError listing everything that is wrong with `cfg` for a run on `world_size` processes.
+    """
     problems = Problems()
     _check_ranges(cfg, problems)
     problems.raise_if_any("configuration")  # the arithmetic below takes the ranges for granted
     _check_parallel(cfg.parallel, world_size, problems)
     _check_batches(cfg, world_size, problems)
     _check_schedule(cfg, problems)
-    _check_data(cfg, problems)
+    check_data(cfg, problems)
     _check_places(cfg, problems)
     problems.raise_if_any("configuration")
 
 
-def _check_ranges(cfg: PretrainConfig, problems: Problems) -> None:
+def _check_ranges(cfg: TrainingConfig, problems: Problems) -> None:
     for key, (inside, allowed) in RANGES.items():
         section, name = key.split(".")
         value = getattr(getattr(cfg, section), name)
@@ -91,7 +134,7 @@ def _check_parallel(parallel: ParallelConfig, world_size: int, problems: Problem
         problems.add(f"parallel.vpp = {parallel.vpp} needs parallel.pp above 1; given 1")
 
 
-def _check_batches(cfg: PretrainConfig, world_size: int, problems: Problems) -> None:
+def _check_batches(cfg: TrainingConfig, world_size: int, problems: Problems) -> None:
     parallel, train = cfg.parallel, cfg.train
     if parallel.sequence_parallel and train.seq_length % parallel.tp:
         problems.add(
@@ -131,7 +174,7 @@ def _nearest_multiple(value: int, step: int) -> str:
     return f"{below} or {above}" if below else str(above)
 
 
-def _check_schedule(cfg: PretrainConfig, problems: Problems) -> None:
+def _check_schedule(cfg: TrainingConfig, problems: Problems) -> None:
     schedule, steps = cfg.schedule, cfg.train.steps
     if cfg.optimizer.min_lr > cfg.optimizer.lr:
         problems.add(f"optimizer.min_lr = {cfg.optimizer.min_lr} is above optimizer.lr = {cfg.optimizer.lr}")
@@ -159,7 +202,7 @@ def _check_schedule(cfg: PretrainConfig, problems: Problems) -> None:
         )
 
 
-def _check_data(cfg: PretrainConfig, problems: Problems) -> None:
+def _check_corpora(cfg: PretrainConfig, problems: Problems) -> None:
     data = cfg.data
     if not data.train:
         problems.add("data.train = []: name at least one corpus, as made by solar-mega tokenize")
@@ -174,16 +217,21 @@ def _check_data(cfg: PretrainConfig, problems: Problems) -> None:
             f"train.eval_samples = {cfg.train.eval_samples} but nothing to validate on: data.valid is empty "
             "and data.split gives it 0; name a corpus, give a share, or set train.eval_samples = 0"
         )
+    if data.tokenizer is not None and not data.tokenizer.exists():
+        problems.add(f"data.tokenizer = {data.tokenizer}: no such file or directory")
+    check_directory("data.cache", data.cache, problems)
 
 
-def _check_places(cfg: PretrainConfig, problems: Problems) -> None:
+def check_directory(key: str, place: Path | None, problems: Problems) -> None:
+    """`place` will be made if it is not there; it must not be a file."""
+    if place is not None and place.exists() and not place.is_dir():
+        problems.add(f"{key} = {place}: is a file; name a directory")
+
+
+def _check_places(cfg: TrainingConfig, problems: Problems) -> None:
     if not cfg.model.path.exists():
         problems.add(f"model.path = {cfg.model.path}: no such directory")
-    if cfg.data.tokenizer is not None and not cfg.data.tokenizer.exists():
-        problems.add(f"data.tokenizer = {cfg.data.tokenizer}: no such file or directory")
-    for key, place in (("output.dir", cfg.output.dir), ("data.cache", cfg.data.cache)):
-        if place is not None and place.exists() and not place.is_dir():
-            problems.add(f"{key} = {place}: is a file; name a directory")
+    check_directory("output.dir", cfg.output.dir, problems)
     try:
         parse_bytes(cfg.output.shard_size, "output.shard_size")
     except UserError as error:

@@ -16,7 +16,7 @@ from solar_mega.errors import UserError
 from solar_mega.runtime.console import human_bytes, human_count, human_seconds, say
 from solar_mega.runtime.metrics import MetricsWriter
 from solar_mega.runtime.signals import StopRequest
-from solar_mega.train.step import Batch, StepResult, Trainer
+from solar_mega.train.step import Batch, Evaluation, StepResult, Trainer
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def train(
     Raises:
         UserError: loss or gradient not finite. The update was not made and the last checkpoint stands.
     """
-    report = _Report(work, config, metrics, first_step)
+    report = _Report(work, config, metrics, first_step, trainer.objective.shown)
     with StopRequest() as stop:
         if first_step == 0:
             report.validation(0, _validate(trainer, feed))
@@ -98,7 +98,7 @@ def train(
     return Outcome(config.steps, None)
 
 
-def _validate(trainer: Trainer, feed: Feed) -> float | None:
+def _validate(trainer: Trainer, feed: Feed) -> Evaluation | None:
     if feed.validation is None:
         return None
     return trainer.evaluate(feed.validation(), feed.validation_micro_batches)
@@ -118,9 +118,14 @@ class _Report:
     """Console line and metrics.jsonl."""
 
     def __init__(
-        self, work: Work, config: TrainConfig, metrics: MetricsWriter | None, first_step: int
+        self,
+        work: Work,
+        config: TrainConfig,
+        metrics: MetricsWriter | None,
+        first_step: int,
+        shown: tuple[str, ...],
     ) -> None:
-        self.work, self.config, self.metrics = work, config, metrics
+        self.work, self.config, self.metrics, self.shown = work, config, metrics, shown
         self.started = self.line_time = time.perf_counter()
         self.first_step = self.line_step = first_step
         self.line_wait = self.last_wait = 0.0
@@ -143,23 +148,29 @@ class _Report:
                 "seconds": round(seconds, 6),
                 "tokens_per_second": round(tokens / seconds, 3),
                 "data_wait_seconds": round(wait - self.last_wait, 6),
+                **result.statistics,
             }
             self.metrics.write(row)
         self.last_wait = wait
         if step % self.config.log_interval == 0 or step == self.config.steps or step == self.first_step + 1:
             self._line(step, result, wait, now)
 
-    def validation(self, step: int, loss: float | None) -> None:
+    def validation(self, step: int, seen: Evaluation | None) -> None:
         now = time.perf_counter()
         paused, self.last_time = now - self.last_time, now
         self.line_time += paused  # validation is not training time
-        if loss is None:
+        if seen is None:
             return
-        say(f"step {step:>6}  validation loss {loss:.4f}   ({human_seconds(paused)})")
+        beside = self._beside(seen.statistics)
+        say(f"step {step:>6}  validation loss {seen.loss:.4f}{beside}   ({human_seconds(paused)})")
         if self.metrics is not None:
             tokens = step * self.work.tokens_per_step
-            flops = tokens * self.work.flops_per_token
-            self.metrics.write({"step": step, "tokens": tokens, "flops": flops, "val_loss": loss})
+            row = {"step": step, "tokens": tokens, "flops": tokens * self.work.flops_per_token}
+            row |= {"val_loss": seen.loss} | {f"val_{name}": mean for name, mean in seen.statistics.items()}
+            self.metrics.write(row)
+
+    def _beside(self, statistics: dict[str, float]) -> str:
+        return "".join(f"  {name} {statistics[name]:.4f}" for name in self.shown)
 
     def _line(self, step: int, result: StepResult, wait: float, now: float) -> None:
         seconds = max(now - self.line_time, 1e-9)
@@ -170,10 +181,10 @@ class _Report:
         mfu = "n/a" if self.work.peak_flops is None else f"{per_rank / self.work.peak_flops:.1%}"
         left = per_step * (self.config.steps - step)
         say(
-            f"step {step:>6}/{self.config.steps} {step / self.config.steps:>4.0%}  loss {result.loss:.4f}  "
-            f"gnorm {result.grad_norm:.3f}  lr {result.lr:.2e}  {human_count(rate)} tok/s "
-            f"({human_count(rate / self.work.world)}/rank)  {per_rank / 1e12:.3g} TFLOP/s  MFU {mfu}  "
-            f"mem {human_bytes(_memory())}  wait {waited:.1%}  ETA {human_seconds(left)}"
+            f"step {step:>6}/{self.config.steps} {step / self.config.steps:>4.0%}  loss {result.loss:.4f}"
+            f"{self._beside(result.statistics)}  gnorm {result.grad_norm:.3f}  lr {result.lr:.2e}  "
+            f"{human_count(rate)} tok/s ({human_count(rate / self.work.world)}/rank)  "
+            f"{per_rank / 1e12:.3g} TFLOP/s  MFU {mfu}  mem {human_bytes(_memory())}  wait {waited:.1%}  ETA {human_seconds(left)}"
         )
         self.line_time, self.line_step, self.line_wait = now, step, wait
 

@@ -1,12 +1,14 @@
 """One optimizer step and one validation, exact under every TP x PP x VPP x DP x micro-batch split.
 
-A loss is a pair (sum over counted tokens, number of counted tokens). Megatron adds both over micro-batches
-and data-parallel ranks and divides once, so the mean over the global batch does not depend on how it was cut.
+A loss is a pair (sum over what counts, how much counted): tokens for language modelling, pairs for DPO.
+Megatron adds both over micro-batches and data-parallel ranks and divides once, so the mean over the global
+batch does not depend on how it was cut. An `Objective` says how a batch becomes that pair.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,9 +25,41 @@ from solar_mega.runtime import parallel as ranks
 Batch = dict[str, Tensor]
 """tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] fp32."""
 
-TokenLoss = Callable[[torch.nn.Module, Batch], Tensor]
-"""(model chunk, batch) -> the chunk's output: on the last stage a loss per token [b, s], else hidden
-states."""
+
+class Reduced(NamedTuple):
+    """What one micro-batch adds to the global batch."""
+
+    total: Tensor
+    """Sum of the losses that count, a differentiable fp32 scalar."""
+
+    count: Tensor
+    """How many counted, a scalar."""
+
+    statistics: tuple[Tensor, ...] = ()
+    """Sums, one scalar for each name in `Objective.statistics`; reported divided by the global count."""
+
+
+def masked_sum(token_losses: Tensor, batch: Batch) -> Reduced:
+    """token_losses [b, s] summed under the batch's loss mask; what counts are tokens."""
+    mask = batch["loss_mask"]
+    return Reduced((token_losses.float() * mask).sum(), mask.sum())
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a batch becomes a loss."""
+
+    forward: Callable[[torch.nn.Module, Batch], Tensor]
+    """(model chunk, batch) -> its output: on the last stage what `reduce` takes, else hidden states."""
+
+    reduce: Callable[[Tensor, Batch], Reduced] = masked_sum
+    """(output of the last stage, batch) -> sums."""
+
+    statistics: tuple[str, ...] = ()
+    """Names of what `reduce` reports beside the loss; they become columns of metrics.jsonl."""
+
+    shown: tuple[str, ...] = ()
+    """Those of them that the console line has room for."""
 
 
 def next_token_loss(chunk: torch.nn.Module, batch: Batch) -> Tensor:
@@ -36,29 +70,45 @@ def next_token_loss(chunk: torch.nn.Module, batch: Batch) -> Tensor:
     return chunk(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
 
 
+NEXT_TOKEN = Objective(next_token_loss)
+"""Pretraining's objective."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over a pass without gradients; the same values on every rank."""
+
+    loss: float
+    count: int
+    """What the means are over: counted tokens, or whatever the objective counts."""
+    statistics: dict[str, float] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did; the same values on every rank."""
 
     loss: float
-    """Mean over the counted tokens of the global batch."""
+    """Mean over what counts in the global batch: tokens, or whatever the objective counts."""
     grad_norm: float
     """Global, before clipping."""
     lr: float
-    tokens: int
-    """Counted tokens of the global batch."""
+    count: int
+    """How much counted in the global batch."""
     updated: bool
     """False when the gradient or loss was not finite: the weights are as before the step."""
+    statistics: dict[str, float] = field(default_factory=dict)
+    """The objective's, as means over `count`."""
 
 
 @dataclass
 class Trainer:
-    """Model, optimizer and schedule of this rank, and how a batch becomes a loss."""
+    """Model, optimizer and schedule of this rank, and the objective they are trained on."""
 
     chunks: Sequence[DistributedDataParallel]
     optimizer: ChainedOptimizer
     schedule: OptimizerParamScheduler
-    token_loss: TokenLoss
+    objective: Objective
     micro_batch_size: int
     seq_length: int
     pipelined_chunks: bool = False
@@ -71,26 +121,23 @@ class Trainer:
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
-        loss, tokens = self._run(batches, micro_batches, forward_only=False)
+        seen = self._run(batches, micro_batches, forward_only=False)
         lr = next(group["lr"] for group in self.optimizer.param_groups)
-        if not math.isfinite(loss):
-            return StepResult(loss, math.nan, lr, tokens, updated=False)
-        grad_norm = _clip(self.optimizer)
-        if not math.isfinite(grad_norm):
-            return StepResult(loss, grad_norm, lr, tokens, updated=False)
-        self.optimizer.step_with_ready_grads()
-        self.schedule.step(1)
-        return StepResult(loss, grad_norm, lr, tokens, updated=True)
+        grad_norm = _clip(self.optimizer) if math.isfinite(seen.loss) else math.nan
+        updated = math.isfinite(grad_norm)
+        if updated:
+            self.optimizer.step_with_ready_grads()
+            self.schedule.step(1)
+        return StepResult(seen.loss, grad_norm, lr, seen.count, updated, seen.statistics)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[Batch], micro_batches: int) -> float:
-        """Mean loss per counted token over `micro_batches` of every data-parallel rank. Collective."""
+    def evaluate(self, batches: Iterator[Batch], micro_batches: int) -> Evaluation:
+        """Means over `micro_batches` of every data-parallel rank. Collective."""
         for chunk in self.chunks:
             chunk.eval()
-        loss, _ = self._run(batches, micro_batches, forward_only=True)
-        return loss
+        return self._run(batches, micro_batches, forward_only=True)
 
-    def _run(self, batches: Iterator[Batch], micro_batches: int, forward_only: bool) -> tuple[float, int]:
+    def _run(self, batches: Iterator[Batch], micro_batches: int, forward_only: bool) -> Evaluation:
         count = len(self.chunks)
         iterators = _replay(batches, micro_batches, count) if self.pipelined_chunks else batches
         reports = get_forward_backward_func()(
@@ -102,18 +149,16 @@ class Trainer:
             micro_batch_size=self.micro_batch_size,
             forward_only=forward_only,
         )
-        return _global_mean(reports)
+        return _global_means(reports, self.objective.statistics)
 
     def _forward(self, batches: Iterator[Batch], chunk: torch.nn.Module):
         batch = _on_device(next(batches))
-        output = self.token_loss(chunk, batch)
+        output = self.objective.forward(chunk, batch)
 
-        def reduce(token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            mask = batch["loss_mask"]
-            total = (token_losses.float() * mask).sum()
-            counted = mask.sum()
-            report = torch.stack([total.detach().double(), counted.double()])
-            return total, counted.int(), {"sum_and_count": report}
+        def reduce(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            total, count, statistics = self.objective.reduce(output, batch)
+            sums = torch.stack([value.detach().double() for value in (total, count, *statistics)])
+            return total, count.int(), {"sums": sums}
 
         return output, reduce
 
@@ -155,13 +200,16 @@ def _replay(batches: Iterator[Batch], micro_batches: int, copies: int) -> list[I
     return [iter(taken) for _ in range(copies)]
 
 
-def _global_mean(reports: list[dict[str, Tensor]]) -> tuple[float, int]:
-    """(mean loss, counted tokens) of the global batch on every rank; only last stages have reports."""
-    totals = torch.zeros(2, dtype=torch.float64, device=ranks.device())
+def _global_means(reports: list[dict[str, Tensor]], names: Sequence[str]) -> Evaluation:
+    """Means over the global batch on every rank; only last stages have reports."""
+    sums = torch.zeros(2 + len(names), dtype=torch.float64, device=ranks.device())
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        totals = torch.stack([report["sum_and_count"] for report in reports]).sum(0)
-        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        sums = torch.stack([report["sums"] for report in reports]).sum(0)
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     last = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast(totals, last, group=parallel_state.get_pipeline_model_parallel_group())
-    total, count = totals.tolist()
-    return (total / count if count else math.nan), int(count)
+    dist.broadcast(sums, last, group=parallel_state.get_pipeline_model_parallel_group())
+    total, count, *statistics = sums.tolist()
+    if not count:
+        return Evaluation(math.nan, 0, dict.fromkeys(names, math.nan))
+    means = {name: value / count for name, value in zip(names, statistics, strict=True)}
+    return Evaluation(total / count, int(count), means)

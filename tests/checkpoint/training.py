@@ -58,7 +58,7 @@ def start(arch, parallel: ParallelConfig, kind: str, source=None, source_arch=No
     from solar_mega.checkpoint.from_hf import load_weights
     from solar_mega.model.builder import build_model
     from solar_mega.train.optimizer import build_optimizer, build_schedule, wrap
-    from solar_mega.train.step import Trainer, next_token_loss
+    from solar_mega.train.step import NEXT_TOKEN, Trainer
 
     precision, _ = KINDS[kind]
     chunks = build_model(arch, parallel, precision)
@@ -73,7 +73,7 @@ def start(arch, parallel: ParallelConfig, kind: str, source=None, source_arch=No
     optimizer = build_optimizer(wrapped, config, parallel, precision)
     schedule = build_schedule(optimizer, ScheduleConfig(warmup_steps=2), config, 20)
     trainer = Trainer(
-        wrapped, optimizer, schedule, next_token_loss, 1, SEQUENCE, pipelined_chunks=parallel.vpp > 1
+        wrapped, optimizer, schedule, NEXT_TOKEN, 1, SEQUENCE, pipelined_chunks=parallel.vpp > 1
     )
     return Run(arch, parallel, chunks, trainer)
 

@@ -9,7 +9,7 @@ import torch
 from solar_mega.config.schema import CheckpointConfig, TrainConfig
 from solar_mega.errors import UserError
 from solar_mega.train.loop import Feed, Work, train
-from solar_mega.train.step import next_token_loss
+from solar_mega.train.step import NEXT_TOKEN, Objective, next_token_loss
 from tests.train.tiny import BATCH, SEQUENCE, Case, batches, one_rank, start
 
 CASES = {
@@ -39,6 +39,10 @@ class InfiniteGradient(torch.autograd.Function):
         return gradient * math.inf
 
 
+def infinite_gradient(chunk, batch):
+    return InfiniteGradient.apply(next_token_loss(chunk, batch))
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_nothing_is_updated(case, where):
@@ -52,13 +56,13 @@ def test_nothing_is_updated(case, where):
         rate = trainer.optimizer.param_groups[0]["lr"]
 
         bad = [next(data) for _ in range(micro_batches)]
-        trainer.token_loss = poisonable
+        trainer.objective = Objective(poisonable)
         if where == "loss":
             bad[-1] = poison_loss(bad[-1])
         else:
-            trainer.token_loss = lambda chunk, batch: InfiniteGradient.apply(next_token_loss(chunk, batch))
+            trainer.objective = Objective(infinite_gradient)
         result = trainer.step(iter(bad), micro_batches)
-        trainer.token_loss = next_token_loss
+        trainer.objective = NEXT_TOKEN
         assert not result.updated
         assert not math.isfinite(result.loss if where == "loss" else result.grad_norm)
         assert all(torch.equal(a, b) for a, b in zip(before, chunks[0].parameters(), strict=True))
@@ -77,7 +81,7 @@ def test_the_loop_names_step_and_samples():
     saved = []
     with one_rank():
         _, trainer = start(case)
-        trainer.token_loss = poisonable
+        trainer.objective = Objective(poisonable)
         data, micro_batches = batches(case)
 
         def poisoned():

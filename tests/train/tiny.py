@@ -100,7 +100,7 @@ def start(case: Case, source=None):
     from solar_mega.depth.layer_map import LayerMap
     from solar_mega.model.builder import build_model
     from solar_mega.train.optimizer import build_optimizer, build_schedule, wrap
-    from solar_mega.train.step import Trainer, next_token_loss
+    from solar_mega.train.step import NEXT_TOKEN, Trainer
 
     arch, parallel = architecture(case.tied), case.parallel
     chunks = build_model(arch, parallel, case.precision, case.kernels, case.recompute, SEQUENCE)
@@ -113,7 +113,7 @@ def start(case: Case, source=None):
         wrapped,
         optimizer,
         schedule,
-        next_token_loss,
+        NEXT_TOKEN,
         case.micro_batch_size,
         SEQUENCE,
         pipelined_chunks=parallel.vpp > 1,
@@ -147,4 +147,4 @@ def train(case: Case) -> dict[str, Any]:
 
 def _validate(case: Case, trainer) -> float:
     data, micro_batches = batches(case, first_sample=500_000)
-    return trainer.evaluate(data, micro_batches)
+    return trainer.evaluate(data, micro_batches).loss
