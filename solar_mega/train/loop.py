@@ -184,7 +184,8 @@ class _Report:
             f"step {step:>6}/{self.config.steps} {step / self.config.steps:>4.0%}  loss {result.loss:.4f}"
             f"{self._beside(result.statistics)}  gnorm {result.grad_norm:.3f}  lr {result.lr:.2e}  "
             f"{human_count(rate)} tok/s ({human_count(rate / self.work.world)}/rank)  "
-            f"{per_rank / 1e12:.3g} TFLOP/s  MFU {mfu}  mem {human_bytes(_memory())}  wait {waited:.1%}  ETA {human_seconds(left)}"
+            f"{per_rank / 1e12:.3g} TFLOP/s  MFU {mfu}  mem {human_bytes(_memory())}  "
+            f"wait {waited:.1%}  ETA {human_seconds(left)}"
         )
         self.line_time, self.line_step, self.line_wait = now, step, wait
 
