@@ -6,8 +6,10 @@ starts in a fraction of a second. A SentencePiece `.model` never needs transform
 """
 
 import contextlib
+import functools
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,10 +29,18 @@ _VOCABULARY_FILES = (
 )
 
 
+Offset = tuple[int, int]
+"""Characters [begin, end) of the text that a token stands for."""
+
+
 class _Engine(Protocol):
     """What Tokenizer asks of a library. Engines pickle by what they were loaded from."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[Offset]]: ...
+
+    def special_pieces(self) -> dict[str, int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -60,6 +70,18 @@ class _FastEngine:
         # "fast" leaves out character offsets, which nobody here asks for
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[Offset]]:
+        self.backend.encode_special_tokens = False
+        try:
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        finally:
+            self.backend.encode_special_tokens = not self.parse_special
+        return encoding.ids, encoding.offsets
+
+    def special_pieces(self) -> dict[str, int]:
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: id for id, token in added.items() if token.special}
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
@@ -82,6 +104,38 @@ class _SentencePieceEngine:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.processor.encode(text) for text in texts]
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[Offset]]:
+        """Control pieces are recognised, and each stretch of text between them is encoded on its own."""
+        special = self.special_pieces()
+        ids: list[int] = []
+        offsets: list[Offset] = []
+        place = 0
+        for part in re.split("(" + "|".join(map(re.escape, special)) + ")", text) if special else [text]:
+            if part in special:
+                ids.append(special[part])
+                offsets.append((place, place + len(part)))
+            elif part:
+                encoded = self.processor.encode(part, return_type="offset_mapping")
+                ids += encoded["ids"]
+                offsets += self._offsets(encoded["ids"], encoded["offsets"], place)
+            place += len(part)
+        return ids, offsets
+
+    def _offsets(self, ids: Sequence[int], offsets: Sequence[Offset], place: int) -> list[Offset]:
+        """All bytes of a character stand for it; SentencePiece gives it to the last of them only."""
+        found: list[Offset] = []
+        character_end = 0
+        for id, (begin, end) in zip(reversed(ids), reversed(offsets), strict=True):
+            if begin == end and self.processor.is_byte(id):
+                end = character_end
+            character_end = end
+            found.append((place + begin, place + end))
+        return found[::-1]
+
+    def special_pieces(self) -> dict[str, int]:
+        control = filter(self.processor.is_control, range(self.processor.get_piece_size()))
+        return {self.processor.id_to_piece(id): id for id in control}
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.processor.decode(list(ids))
 
@@ -103,6 +157,16 @@ class _SlowEngine:
         options = dict(add_special_tokens=False, split_special_tokens=not self.parse_special)
         return [self.tokenizer.encode(text, **options) for text in texts]
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[Offset]]:
+        raise UserError(
+            f"tokenizer {self.path} is written in Python and cannot tell which characters a token stands "
+            "for, which loss masks are made of; give one with a tokenizer.json, or a SentencePiece model file"
+        )
+
+    def special_pieces(self) -> dict[str, int]:
+        decoder = self.tokenizer.added_tokens_decoder
+        return {token.content: id for id, token in decoder.items() if token.special}
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -117,18 +181,32 @@ class Tokenizer:
         path: what it was loaded from.
         vocab_size: ids run from 0 to vocab_size - 1, added tokens included.
         eos_id, bos_id: end and beginning of a document; bos_id is None where there is none.
+        special_tokens: "bos_token", "eos_token", ... and how they are spelled, as chat templates name them.
+        chat_template: the tokenizer's own (Jinja), None where it has none.
     """
 
-    def __init__(self, path: Path, engine: _Engine, eos_id: int, bos_id: int | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        engine: _Engine,
+        eos_id: int,
+        bos_id: int | None,
+        special_tokens: dict[str, str] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         self.path = path
+        self.chat_template = chat_template
         self.eos_id = eos_id
         self.bos_id = bos_id
         self._engine = engine
         self._pieces = engine.pieces()
         self.vocab_size = max(self._pieces) + 1
+        named = {"eos_token": eos_id} if bos_id is None else {"bos_token": bos_id, "eos_token": eos_id}
+        self.special_tokens = special_tokens or {name: self._pieces[id] for name, id in named.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self.path, self._engine, self.eos_id, self.bos_id)
+        arguments = (self.path, self._engine, self.eos_id, self.bos_id)
+        return Tokenizer, (*arguments, self.special_tokens, self.chat_template)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS, EOS or any other special token."""
@@ -136,6 +214,24 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._engine.encode_batch(texts)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[Offset]]:
+        """Ids of `text` in which special tokens are recognised and none are added, as a chat template's
+        rendering needs, and the characters that each stands for.
+
+        Raises:
+            UserError: the tokenizer cannot tell them.
+        """
+        return self._engine.encode_with_offsets(text)
+
+    @functools.cached_property
+    def special_pieces(self) -> dict[str, int]:
+        """Special tokens by spelling."""
+        return self._engine.special_pieces()
+
+    def piece(self, id: int) -> str:
+        """How the vocabulary spells a token."""
+        return self._pieces[id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special tokens are left out."""
@@ -214,7 +310,11 @@ def _load_directory(path: Path, parse_special: bool) -> Tokenizer:
     backend = getattr(automatic, "backend_tokenizer", None)
     engine: _Engine
     engine = _FastEngine(backend.to_str(), parse_special) if backend else _SlowEngine(path, parse_special)
-    return Tokenizer(path, engine, eos_id, automatic.bos_token_id)
+    special = {name: token for name, token in automatic.special_tokens_map.items() if isinstance(token, str)}
+    template = automatic.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return Tokenizer(path, engine, eos_id, automatic.bos_token_id, special, template)
 
 
 def _auto_tokenizer(path: Path) -> Any:
