@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from solar_mega.data.chat import Message
 
+from solar_mega.data.chat import Message
 from solar_mega.data.preferences import FORMATS, PairOptions, normalized, read_pairs, read_prompts
 from solar_mega.data.rows import DatasetSpec
 from solar_mega.errors import UserError
