@@ -29,11 +29,16 @@ class Feed:
     validation: Callable[[], Iterator[Batch]] | None
     """A fresh pass over the fixed validation samples; None turns validation off."""
 
-    train_micro_batches: int
+    train_micro_batches: int | Callable[[int], int]
+    """Of this rank in a step; a function of the step, counted from 1, where steps differ."""
     validation_micro_batches: int
 
     wait_seconds: Callable[[], float]
     """Total time the loop has waited for training data."""
+
+    def micro_batches(self, step: int) -> int:
+        given = self.train_micro_batches
+        return given(step) if callable(given) else given
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def train(
         if first_step == 0:
             report.validation(0, _validate(trainer, feed))
         for step in range(first_step + 1, config.steps + 1):
-            result = trainer.step(feed.train, feed.train_micro_batches)
+            result = trainer.step(feed.train, feed.micro_batches(step))
             if not result.updated:
                 _refuse(step, result, config)
             report.step(step, result, feed.wait_seconds())

@@ -83,6 +83,9 @@ class Stage:
     """Called with the model's chunks holding the weights the run began with, before optimizer and resume: for
     a pass over the data with the model as it was. Collective."""
 
+    tokens_per_sample: float | None = None
+    """Mean, for the reported rate, where samples are not `train.seq_length` long."""
+
     side_files: Path | None = None
     """Directory of the tokenizer and other side files of checkpoints and exports; default: the source's."""
 
@@ -218,8 +221,9 @@ def run_stage(cfg: TrainingConfig, prepared: Prepared, stage: Stage) -> Outcome:
         state = _run_state(cfg, prepared, stage, step, schedule.state_dict(), dp)
         save_checkpoint(prepared.store, chunks, optimizer if cfg.checkpoint.save_optimizer else None, state)
 
+    tokens_per_sample = stage.tokens_per_sample or cfg.train.seq_length
     work = Work(
-        tokens_per_step=cfg.train.global_batch_size * cfg.train.seq_length,
+        tokens_per_step=round(cfg.train.global_batch_size * tokens_per_sample),
         flops_per_token=arch.flops_per_token(cfg.train.seq_length),
         world=ranks.world_size(),
         peak_flops=peak_flops(cfg.train.precision),
