@@ -1,10 +1,14 @@
 """Changing a tensor's dtype on its way from disk to disk, in chunks of bounded memory."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from solar_mega.artifact.safetensors_format import DTYPES, torch_dtype
 from solar_mega.artifact.safetensors_io import CHUNK_BYTES, SafetensorsReader, as_bytes
 from solar_mega.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NAMES = {
     "fp32": "F32",
@@ -41,6 +45,20 @@ def cast_dtype(info_dtype: str, wanted: str | None, name: str) -> str:
     return info_dtype
 
 
+def cast(before: "Tensor", dtype: str, name: str) -> "Tensor":
+    """A tensor's values as `dtype`, rounded to nearest even.
+
+    Raises UserError naming the tensor when a finite value would become infinite.
+    """
+    import torch
+
+    after = before.to(torch_dtype(dtype))
+    if torch.isinf(after).sum() != torch.isinf(before).sum():
+        largest = before[torch.isfinite(before)].abs().max().item()
+        raise UserError(f"{name} has values up to {largest:g}, which {dtype} cannot hold; use a wider dtype")
+    return after
+
+
 def cast_chunks(reader: SafetensorsReader, name: str, dtype: str) -> Iterator[memoryview]:
     """The bytes of tensor `name` as `dtype`, rounded to nearest even, in the chunks that `raw` would give
     of the result.
@@ -50,14 +68,7 @@ def cast_chunks(reader: SafetensorsReader, name: str, dtype: str) -> Iterator[me
     import torch
 
     info = reader.info(name)
-    source, target = torch_dtype(info.dtype), torch_dtype(dtype)
+    source = torch_dtype(info.dtype)
     elements = CHUNK_BYTES * 8 // DTYPES[dtype][0]
     for chunk in reader.raw(name, elements * DTYPES[info.dtype][0] // 8):
-        before = torch.frombuffer(bytearray(chunk), dtype=source)
-        after = before.to(target)
-        if torch.isinf(after).sum() != torch.isinf(before).sum():
-            largest = before[torch.isfinite(before)].abs().max().item()
-            raise UserError(
-                f"{name} has values up to {largest:g}, which {dtype} cannot hold; use a wider dtype"
-            )
-        yield as_bytes(after)
+        yield as_bytes(cast(torch.frombuffer(bytearray(chunk), dtype=source), dtype, name))

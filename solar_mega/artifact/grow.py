@@ -2,7 +2,7 @@
 
 Growing copies whole tensors, so nothing is decoded: each tensor's bytes go from the source's shard to their
 place in the target's inside the kernel, and memory stays flat however large the model is. Only a change of
-dtype decodes, in chunks.
+dtype, and tensors that the map averages, scales or adds noise to, are decoded, in chunks.
 """
 
 import threading
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from solar_mega.artifact.card import model_card
 from solar_mega.artifact.cast import cast_chunks, cast_dtype
-from solar_mega.artifact.hf import HFDirectory, grown_config, layer_name, split_layer, write_config
+from solar_mega.artifact.hf import HFDirectory, grown_config, split_layer, write_config
+from solar_mega.artifact.layer_source import Making, check_made, check_recipe, made_chunks, making
 from solar_mega.artifact.lineage import Parent, directory_hash, write_lineage
 from solar_mega.artifact.progress import ProgressFactory, silent
 from solar_mega.artifact.safetensors_format import DTYPES, tensor_bytes
@@ -33,6 +34,9 @@ class Move(NamedTuple):
     source: str
     dtype: str
     shape: tuple[int, ...]
+
+    recipe: Making | None = None
+    """Where the tensor is more than a copy of `source`."""
 
     @property
     def nbytes(self) -> int:
@@ -89,16 +93,12 @@ def plan_growth(
             keeps each tensor's own.
 
     Raises:
-        UserError: the source is damaged or incomplete, the map is for another depth or asks for fresh layers
-            (there are no bytes to move for them), or the config cannot follow it.
+        UserError: the source is damaged or incomplete, the map is for another depth, asks for fresh layers
+            (there are no bytes to move for them) or for changes that the layers do not allow, or the config
+            cannot follow it.
     """
     config = grown_config(src.config, layer_map)
     src.check_weights()
-    if layer_map.fresh:
-        raise UserError(
-            f"layer map {layer_map.spelling[:60]}: target layers {list(layer_map.fresh)[:8]} are fresh, and "
-            "moving bytes cannot initialise weights; start training through this map instead"
-        )
     if dtype is not None:
         for key in ("torch_dtype", "dtype"):
             if key in config or key == "dtype" and "torch_dtype" not in config:
@@ -108,15 +108,27 @@ def plan_growth(
     for name in src.tensors.infos:
         layer, _ = split_layer(name)
         (outside if layer is None else layers.setdefault(layer, [])).append(name)
-    pairs = [(name, name) for name in outside if "embed" in name]
-    for target, source in enumerate(layer_map):
-        pairs += [(layer_name(target, split_layer(name)[1]), name) for name in layers[source]]
-    pairs += [(name, name) for name in outside if "embed" not in name]
-    moves = []
-    for name, source in pairs:
-        info = src.tensors.infos[source]
-        moves.append(Move(name, source, cast_dtype(info.dtype, dtype, source), info.shape))
+    check_recipe(
+        layer_map,
+        {layer: {split_layer(name)[1] for name in names} for layer, names in layers.items()},
+        str(src.path),
+    )
+    moves = [_move(src, name, name, dtype) for name in outside if "embed" in name]
+    for target in range(len(layer_map)):
+        for source in layers[layer_map.sources_of(target)[0]]:
+            suffix = split_layer(source)[1]
+            recipe = making(layer_map, target, suffix, len(src.tensors.infos[source].shape))
+            moves.append(_move(src, recipe.name, source, dtype, recipe))
+    moves += [_move(src, name, name, dtype) for name in outside if "embed" not in name]
     return GrowthPlan(src, layer_map, shard_bytes, config, tuple(moves))
+
+
+def _move(src: HFDirectory, name: str, source: str, dtype: str | None, recipe: Making | None = None) -> Move:
+    info = src.tensors.infos[source]
+    made = recipe is not None and not recipe.plain
+    if made:
+        check_made(src.tensors, recipe)
+    return Move(name, source, cast_dtype(info.dtype, dtype, source), info.shape, recipe if made else None)
 
 
 def grow(
@@ -173,7 +185,10 @@ def _move_tensors(plan: GrowthPlan, directory: Path, progress: ProgressFactory) 
     ):
         writer.plan([(move.name, move.dtype, move.shape) for move in plan.moves])
         for move in plan.moves:
-            if reader.infos[move.source].dtype == move.dtype:
+            if move.recipe is not None:
+                writer.write_chunks(move.name, made_chunks(reader, move.recipe, move.dtype))
+                line.advance(move.nbytes)
+            elif reader.infos[move.source].dtype == move.dtype:
                 writer.copy_from(reader, move.source, move.name, line.advance)
             else:
                 writer.write_chunks(move.name, cast_chunks(reader, move.source, move.dtype))

@@ -7,6 +7,7 @@ from typing import Any
 from solar_mega.artifact.cast import cast_chunks
 from solar_mega.artifact.grow import GrowthPlan, Move, plan_growth
 from solar_mega.artifact.hf import HFDirectory
+from solar_mega.artifact.layer_source import made_chunks
 from solar_mega.artifact.progress import ProgressFactory, silent
 from solar_mega.artifact.safetensors_format import DTYPES
 from solar_mega.artifact.safetensors_io import SafetensorsReader
@@ -127,7 +128,10 @@ def _compare(
     with progress(sum(move.nbytes for move in moves), "bytes", "verify") as line:
         for move in moves:
             same = source.infos[move.source].dtype == move.dtype
-            expected = source.raw(move.source) if same else cast_chunks(source, move.source, move.dtype)
+            if move.recipe is not None:
+                expected = made_chunks(source, move.recipe, move.dtype)
+            else:
+                expected = source.raw(move.source) if same else cast_chunks(source, move.source, move.dtype)
             byte = 0
             for left, right in zip(map(bytes, expected), target.raw(move.name), strict=True):
                 if left != right:

@@ -33,8 +33,9 @@ class ConvertOptions:
     """Where to write; must not exist, or be empty."""
 
     layer_map: str = "identity"
-    """Which source layer each target layer is: `identity`, `dus:M`, `stack:G`, `slices:0-24,8-32` or
-    a list."""
+    """Which source layer each target layer is: `identity`, `dus:M`, `stack:G`, `interleave:G`, `repeat:A-B`,
+    `llama-pro:K`, `append:K`, `mean`, `slices:0-24,8-32`, a list or a mergekit recipe.yaml; then changes such
+    as `+freeze@originals`, `+scale:0.5@24-48`, `+noise:0.001:7@copies` (docs/layer_maps.md)."""
 
     to: Literal["hf", "megatron"] = "hf"
     """What to write."""

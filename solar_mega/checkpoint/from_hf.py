@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from solar_mega.artifact.layer_source import MappedSource
 from solar_mega.artifact.safetensors_io import SafetensorsReader
 from solar_mega.checkpoint.names import TensorSource, hf_names, hf_shapes, rule_of
 from solar_mega.config.schema import ParallelConfig
@@ -26,9 +27,10 @@ def load_weights(
 
     Args:
         chunks: what `model.build_model` returned, at the depth of `layer_map`.
-        source: a checkpoint at the depth the map starts from.
+        source: a checkpoint at the depth the map starts from; where the map changes layers, it must tell
+            dtypes and shapes too (`artifact.layer_source.Reader`).
         arch: architecture of either depth; only its per-layer sizes are used.
-        layer_map: target layer -> source layer.
+        layer_map: target layer -> its origin and what is changed; frozen layers are loaded like others.
 
     Raises:
         UserError: the map has fresh layers.
@@ -40,12 +42,13 @@ def load_weights(
             "the source has no weights for them; use a map that copies every layer"
         )
     t = _tensor_parallel_rank()
+    mapped = MappedSource(source, layer_map)
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
                 rule, position = rule_of(name, arch)
-                layer = None if position is None else layer_map[_global_layer(chunk, position)]
-                value = rule.packing.read(source, hf_names(rule, layer), arch, t, parallel.tp)
+                layer = None if position is None else _global_layer(chunk, position)
+                value = rule.packing.read(mapped, hf_names(rule, layer), arch, t, parallel.tp)
                 if value.shape != parameter.shape:
                     raise ValueError(
                         f"{name}: read {tuple(value.shape)}, the model has {tuple(parameter.shape)}"

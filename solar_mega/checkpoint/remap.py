@@ -68,6 +68,11 @@ def mapped_state_dict(
             f'layer map "{layer_map}": target layers {", ".join(map(str, layer_map.fresh))} are fresh, and '
             "a Megatron checkpoint has no weights for them; use a map that copies every layer"
         )
+    if layer_map.changed:
+        raise UserError(
+            f'layer map "{layer_map}": target layers {", ".join(map(str, layer_map.changed[:8]))} are '
+            "averaged, scaled or noised, which bytes of a Megatron checkpoint cannot give"
+        )
     if layer_map.source_layers != source.layers:
         raise UserError(
             f'layer map "{layer_map}" is for {layer_map.source_layers} layers; the checkpoint '

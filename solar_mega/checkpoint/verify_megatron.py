@@ -49,6 +49,8 @@ def verify_import(
 
     Raises UserError: the source or the map is not usable. Damage to the checkpoint is reported, not raised.
     """
+    if layer_map.changed:
+        raise UserError(f'layer map "{layer_map}" changes layers; verify the Hugging Face result instead')
     base = Architecture.from_hf(src.config, f"{src.path}/config.json")
     check_source(src.tensors, base, str(src.path))
     arch = base.grown(layer_map)
@@ -84,6 +86,8 @@ def verify_export(
 
     Args and errors as `verify_import`, with the roles exchanged.
     """
+    if layer_map.changed:
+        raise UserError(f'layer map "{layer_map}" changes layers; verify the Hugging Face result instead')
     base = Architecture.from_hf(read_run_state(checkpoint).hf_config, f"{checkpoint}/run_state.json")
     arch = base.grown(layer_map)
     check_files(checkpoint)

@@ -21,8 +21,9 @@ class ModelConfig:
 
     layer_map: str = "identity"
     """Depth: which source layer each target layer starts from. `identity`, `dus:M` (drop the last M
-    layers of the model and the first M of its copy), `stack:G`, `slices:0-24,8-32`, or a list
-    `0,1,2,1,2,3`."""
+    layers of the model and the first M of its copy), `stack:G`, `interleave:G`, `repeat:A-B`,
+    `llama-pro:K`, `append:K`, `mean`, `slices:0-24,8-32`, a list `0,1,2,1,2,3` or a mergekit recipe.yaml;
+    then changes such as `+freeze@originals` or `+scale:0.5@24-48` (docs/layer_maps.md)."""
 
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` keeps the architecture (through `layer_map`) and initialises from `train.seed`."""
