@@ -3,7 +3,12 @@
 from solar_mega.ops.causal_attention import causal_attention, causal_attention_reference
 from solar_mega.ops.dpo_loss import DPOLoss, dpo_loss, dpo_loss_reference
 from solar_mega.ops.library import available, build_info, report
-from solar_mega.ops.linear_token_logprob import linear_token_logprob, linear_token_logprob_reference
+from solar_mega.ops.linear_dpo_loss import linear_dpo_loss
+from solar_mega.ops.linear_token_logprob import (
+    WeightsOf,
+    linear_token_logprob,
+    linear_token_logprob_reference,
+)
 from solar_mega.ops.products import products_in_fp32
 from solar_mega.ops.qkv_rotary import qkv_rotary, qkv_rotary_reference
 from solar_mega.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -16,6 +21,7 @@ from solar_mega.ops.token_logprob import (
 )
 
 __all__ = [
+    "WeightsOf",
     "DPOLoss",
     "TokenMetrics",
     "add_rms_norm",
@@ -26,6 +32,7 @@ __all__ = [
     "causal_attention_reference",
     "dpo_loss",
     "dpo_loss_reference",
+    "linear_dpo_loss",
     "linear_token_logprob",
     "linear_token_logprob_reference",
     "products_in_fp32",

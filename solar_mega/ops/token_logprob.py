@@ -63,8 +63,8 @@ def token_logprob_reference(
     """The formula in PyTorch over a whole vocabulary: fp32 arithmetic (fp64 for fp64), any device."""
     _check(logits, targets, mask)
     size = logits.shape[-1] if vocab_size is None else vocab_size
-    counted = _counted(targets, mask)
-    _check_targets(targets, counted, size)
+    counted = counted_tokens(targets, mask)
+    check_targets(targets, counted, size)
     x = _wide(logits[..., :size])
     lse = torch.logsumexp(x, -1)
     logps = x.gather(-1, targets.where(counted, 0)[..., None])[..., 0] - lse
@@ -79,7 +79,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _counted(targets: Tensor, mask: Tensor | None) -> Tensor:
+def counted_tokens(targets: Tensor, mask: Tensor | None) -> Tensor:
     counted = targets != IGNORE
     return counted if mask is None else counted & mask
 
@@ -105,7 +105,7 @@ def _check(logits: Tensor, targets: Tensor, mask: Tensor | None) -> None:
             )
 
 
-def _check_targets(targets: Tensor, counted: Tensor, size: int) -> None:
+def check_targets(targets: Tensor, counted: Tensor, size: int) -> None:
     if targets.device.type != "cpu":
         return  # looking would make the host wait
     wrong = counted & ((targets < 0) | (targets >= size))
@@ -124,8 +124,8 @@ class _Reference:
     @staticmethod
     def partial(logits, targets, mask, first, size, smooth=False, entropy=False):
         _check(logits, targets, mask)
-        counted = _counted(targets, mask)
-        _check_targets(targets, counted, size)
+        counted = counted_tokens(targets, mask)
+        check_targets(targets, counted, size)
         x = _wide(logits[..., : max(0, min(size - first, logits.shape[-1]))])
         if x.shape[-1] == 0:
             peak, x = x.new_full(x.shape[:-1], -torch.inf), x.new_full((*x.shape[:-1], 1), -torch.inf)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from solar_mega import ops
-from solar_mega.ops.linear_token_logprob import _pieces
+from solar_mega.ops.pieces import pieces_of
 from tests.distributed import run_ranks
+from tests.ops.multiplications import Multiplications
 
 CUDA = pytest.param(
     "cuda",
@@ -71,10 +72,26 @@ def test_errs_no_more_than_all_logits_at_once(device, dtype, way, limit, options
 def test_pieces_cover_everything_once_within_the_limit():
     for count in (1, 15, 16, 17, 1000, 32_000):
         for limit in (1, 10_000, 10**6, 10**9):
-            pieces = _pieces(count, 100, limit, 16)
+            pieces = pieces_of(count, 100, limit, 16)
             assert [i for p in pieces for i in range(p.start, p.stop)] == list(range(count))
             assert all((p.stop - p.start) * 100 <= max(limit, 1600) for p in pieces)
-    assert _pieces(0, 100, 10, 16) == []
+    assert pieces_of(0, 100, 10, 16) == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("counting", [0, 1, 40, 164, 165])
+def test_tokens_that_do_not_count_are_not_multiplied(way, counting):
+    """And change nothing: the same as with all of them, whose log-probs are then taken as 0."""
+    x, weight, targets, dlogps = inputs(torch.float32)
+    mask = (torch.randperm(165, generator=torch.Generator().manual_seed(1)) < counting).view(5, 33)
+    want = run(ops.linear_token_logprob_reference, x, weight, targets, dlogps, mask=mask)
+    with Multiplications() as multiplications:
+        got = run(ops.linear_token_logprob, x, weight, targets, dlogps, mask=mask, **weights_for(way, dlogps))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+    multiplied = counting if 0 < counting <= 165 * 15 // 16 else 165
+    products = 3 if way == "tokens" else 4
+    assert multiplications.total == products * multiplied * 64 * 1003
 
 
 @pytest.mark.parametrize("way", WAYS)
