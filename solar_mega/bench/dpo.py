@@ -1,10 +1,11 @@
 """`solar-mega bench dpo`: time and peak memory of a DPO loss from hidden states, forward and backward.
 
 The part of a DPO step behind the decoder: head, log-probs of the given tokens, loss, and the gradients of
-hidden states and head. Ours never holds all logits (linear_token_logprob) and fuses the loss (dpo_loss).
-Beside it: all logits at once with PyTorch's log_softmax (as TRL), that under torch.compile, our token
-log-prob on all logits, Liger's fused loss. The reference model's log-probs are given to all but Liger, whose
-loss takes that model's hidden states and head and computes them: its extra forward is part of what it costs.
+hidden states and head. Ours never holds all logits: pair by pair (linear_dpo_loss), or for pairs of any
+length with logits computed twice (linear_token_logprob and dpo_loss). Beside it: all logits at once with
+PyTorch's log_softmax (as TRL), that under torch.compile, our token log-prob on all logits, Liger's fused
+loss. The reference model's log-probs are given to all but Liger, whose loss takes that model's hidden states
+and head and computes them: its extra forward is part of what it costs.
 """
 
 import json
@@ -34,17 +35,17 @@ BETA = 0.1
 class DPOBench:
     """Time and peak memory of the DPO loss from hidden states: ours, all logits at once, installed peers."""
 
-    pairs: int = 4
-    """Preference pairs; each is two responses."""
+    pairs: int | None = None
+    """Preference pairs; each is two responses. Default: 16 on a GPU, 8 on a CPU."""
     length: int | None = None
-    """Tokens per response; default: 1024 on a GPU, 256 on a CPU."""
+    """Tokens per response; default: 1024 on a GPU, 128 on a CPU."""
     hidden: int | None = None
     """Hidden size; default: 4096 on a GPU, 1024 on a CPU."""
     vocab: int = 32000
     precision: Literal["fp32", "bf16"] | None = None
     """Default: bf16 on a GPU, fp32 on a CPU."""
     max_logits_mib: int | None = None
-    """Bound on the logits that ours holds at a time, in MiB; default: 1/16 of all logits."""
+    """Bound on the logits that ours holds at a time, in MiB; default: 1/8 of all logits."""
     providers: tuple[str, ...] = ()
     """Only these beside ours; default: all that are installed."""
     rounds: int = 7
@@ -68,6 +69,8 @@ class Batch:
     targets: Tensor
     mask: Tensor
     cu_seqlens: Tensor
+    ends: list[int]
+    """cu_seqlens, as a data loader knows them."""
     reference_logps: Tensor
     """[2 pairs] fp64."""
     reference_hidden: Tensor
@@ -85,6 +88,19 @@ Loss = Callable[[Batch, Tensor, Tensor], Tensor]
 
 
 def _ours(b: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
+    return ops.linear_dpo_loss(
+        hidden,
+        weight,
+        b.targets,
+        b.ends,
+        mask=b.mask,
+        reference_logps=b.reference_logps,
+        beta=BETA,
+        max_logits_bytes=b.max_logits_bytes,
+    ).loss
+
+
+def _ours_any_length(b: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
     logps = linear_token_logprob(hidden, weight, b.targets, mask=b.mask, max_logits_bytes=b.max_logits_bytes)
     return ops.dpo_loss(logps, b.cu_seqlens, mask=b.mask, reference_logps=b.reference_logps, beta=BETA).loss
 
@@ -136,6 +152,7 @@ def chosen_first(b: Batch) -> tuple[Batch, Tensor]:
 
 LOADERS: dict[str, Callable[[], Loss]] = {
     "solar_mega": lambda: _ours,
+    "solar_mega, any length": lambda: _ours_any_length,
     "solar_mega, all logits": lambda: _ours_full_logits,
     "torch eager, all logits": lambda: _full_logits,
     "torch.compile, all logits": lambda: torch.compile(_full_logits, dynamic=False),
@@ -174,8 +191,9 @@ def _check(o: DPOBench) -> None:
 def _draw(o: DPOBench, device: torch.device) -> Batch:
     gpu = device.type == "cuda"
     dtype = DTYPES[o.precision or ("bf16" if gpu else "fp32")]
-    length, width = o.length or (1024 if gpu else 256), o.hidden or (4096 if gpu else 1024)
-    tokens = 2 * o.pairs * length
+    length, width = o.length or (1024 if gpu else 128), o.hidden or (4096 if gpu else 1024)
+    pairs = o.pairs or (16 if gpu else 8)
+    tokens = 2 * pairs * length
     torch.manual_seed(0)
 
     def head() -> Tensor:
@@ -184,12 +202,15 @@ def _draw(o: DPOBench, device: torch.device) -> Batch:
     hidden, weight = torch.randn(tokens, width, device=device).to(dtype), head()
     targets = torch.randint(o.vocab, (tokens,), device=device)
     mask = torch.arange(tokens, device=device) % length >= length // 4
-    cu_seqlens = torch.arange(2 * o.pairs + 1, device=device, dtype=torch.int32) * length
+    ends = [length * sequence for sequence in range(2 * pairs + 1)]
+    cu_seqlens = torch.tensor(ends, device=device, dtype=torch.int32)
     reference_hidden, reference_weight = torch.randn(tokens, width, device=device).to(dtype), head()
     logps = linear_token_logprob(reference_hidden, reference_weight, targets, mask=mask)
     sums = ops.dpo_loss(logps, cu_seqlens, mask=mask).sums
-    bound = (o.max_logits_mib or 0) * 2**20 or tokens * o.vocab * dtype.itemsize // 16
-    return Batch(hidden, weight, targets, mask, cu_seqlens, sums, reference_hidden, reference_weight, bound)
+    bound = (o.max_logits_mib or 0) * 2**20 or tokens * o.vocab * dtype.itemsize // 8
+    return Batch(
+        hidden, weight, targets, mask, cu_seqlens, ends, sums, reference_hidden, reference_weight, bound
+    )
 
 
 def _shape(b: Batch) -> dict[str, Any]:
