@@ -25,10 +25,11 @@ STABLE_TORCH_LIBRARY(solar_mega, m) {
       "qkv_rotary_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, Tensor? positions, "
       "bool interleaved=False) -> Tensor dqkv");
   m.def(
-      "causal_attention(Tensor q, Tensor k, Tensor v, float scale, int window=0) -> (Tensor out, Tensor stats)");
+      "causal_attention(Tensor q, Tensor k, Tensor v, float scale, int window=0, Tensor? cu_seqlens=None) -> "
+      "(Tensor out, Tensor stats)");
   m.def(
       "causal_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor stats, float scale, "
-      "int window=0) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "int window=0, Tensor? cu_seqlens=None) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def("swiglu(Tensor x) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor x) -> Tensor dx");
   m.def(

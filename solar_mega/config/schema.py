@@ -185,9 +185,10 @@ class KernelConfig:
     swiglu: Implementation = "fused"
     """Gated activation of the feed-forward layer: the compiled op or the PyTorch reference."""
 
-    attention: Literal["fused", "sdpa", "reference"] = "fused"
+    attention: Literal["fused", "sdpa", "flash", "te", "reference"] = "fused"
     """Core attention: the compiled op on CPUs and PyTorch's scaled_dot_product_attention on GPUs, the latter
-    everywhere, or megatron-core's unfused softmax."""
+    everywhere, flash-attn or Transformer Engine (both for GPUs, if installed), or megatron-core's unfused
+    softmax."""
 
     token_loss: Implementation = "fused"
     """Vocabulary-parallel cross entropy: the compiled ops, or megatron-core's own over all logits."""

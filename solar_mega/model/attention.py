@@ -11,10 +11,12 @@ Shapes:  s sequence, b batch, h hidden, n query heads per rank, g key/value head
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
 from solar_mega.model.architecture import Rope
+from solar_mega.model.packing import Packing
 from solar_mega.model.rotary import rotary_tables
 from solar_mega.ops import causal_attention, qkv_rotary
 from solar_mega.ops.causal_attention import band
@@ -84,7 +86,8 @@ class SDPAttention(nn.Module):
     """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
 
     Grouped key/value heads stay grouped; a sliding window narrower than the sequence becomes an explicit
-    mask.
+    mask. Packed samples are attended to one after the other, without a mask that none of its kernels for
+    long sequences takes.
     """
 
     def __init__(
@@ -96,13 +99,22 @@ class SDPAttention(nn.Module):
         self.window = config.window_size[0] + 1 if config.window_size else None
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: Packing | None = None,
+        **_,
     ) -> Tensor:
-        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n*d]. Raises ValueError for packed
-        sequences.
-        """
-        self._refuse_packed(kwargs)
-        s, b = query.shape[:2]
+        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n*d]; b = 1 for packed samples."""
+        if packed_seq_params is None:
+            return self._attend(query, key, value).flatten(2)
+        samples = packed_seq_params.samples(query)
+        return torch.cat([self._attend(query[at], key[at], value[at]) for at in samples]).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        s = query.shape[0]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d], views
         window = self.window if self.window is not None and self.window < s else None
         context = F.scaled_dot_product_attention(
@@ -115,12 +127,7 @@ class SDPAttention(nn.Module):
             scale=self.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        return context.permute(2, 0, 1, 3).reshape(s, b, -1)
-
-    def _refuse_packed(self, kwargs: dict) -> None:
-        if kwargs.get("packed_seq_params") is not None:
-            name = type(self).__name__
-            raise ValueError(f"{name} takes unpacked [s, b, heads, d] sequences; got packed_seq_params")
+        return context.permute(2, 0, 1, 3)
 
 
 class FusedAttention(SDPAttention):
@@ -129,11 +136,44 @@ class FusedAttention(SDPAttention):
     """
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: Packing | None = None,
+        **_,
     ) -> Tensor:
         """As `SDPAttention.forward`."""
         if query.device.type != "cpu" or (self.training and self.dropout > 0):
-            return super().forward(query, key, value, attention_mask, **kwargs)
-        self._refuse_packed(kwargs)
-        context = causal_attention(query, key, value, scale=self.scale, window=self.window or 0)
+            return super().forward(query, key, value, None, packed_seq_params)
+        cu_seqlens = None
+        if packed_seq_params is not None:
+            packed_seq_params.check(query)
+            cu_seqlens = packed_seq_params.cu_seqlens_q
+        context = causal_attention(
+            query, key, value, scale=self.scale, window=self.window or 0, cu_seqlens=cu_seqlens
+        )
         return context.flatten(2)
+
+
+class UnfusedAttention(DotProductAttention):
+    """Megatron's own, all scores at once, with packed samples as a mask."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Packing | None = None,
+    ) -> Tensor:
+        """As `SDPAttention.forward`."""
+        if packed_seq_params is not None:
+            packed_seq_params.check(query)
+            window = self.config.window_size[0] + 1 if self.config.window_size else 0
+            seen = band(query.shape[0], window, query.device, packed_seq_params.cu_seqlens_q)
+            attention_mask = ~seen[None, None]
+        return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)

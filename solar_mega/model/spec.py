@@ -4,15 +4,15 @@ from types import SimpleNamespace
 
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from solar_mega.config.schema import KernelConfig
+from solar_mega.model.accelerated_attention import FlashAttention, TransformerEngineAttention
 from solar_mega.model.architecture import Architecture
-from solar_mega.model.attention import FusedAttention, RotarySelfAttention, SDPAttention
+from solar_mega.model.attention import FusedAttention, RotarySelfAttention, SDPAttention, UnfusedAttention
 from solar_mega.model.linear import ColumnLinear, RowLinear
 from solar_mega.model.modules import GatedMLP, RMSNorm, SolarLayer
 
@@ -33,7 +33,13 @@ class SolarSpecProvider(LocalSpecProvider):
         return ModuleSpec(module=RMSNorm, params={"implementation": self.kernels.rms_norm})
 
     def core_attention(self) -> type:
-        kinds = {"fused": FusedAttention, "sdpa": SDPAttention, "reference": DotProductAttention}
+        kinds = {
+            "fused": FusedAttention,
+            "sdpa": SDPAttention,
+            "flash": FlashAttention,
+            "te": TransformerEngineAttention,
+            "reference": UnfusedAttention,
+        }
         return kinds[self.kernels.attention]
 
 

@@ -20,10 +20,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from solar_mega.model.packing import Packing, packing
 from solar_mega.runtime import parallel as ranks
 
 Batch = dict[str, Tensor]
-"""tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] fp32."""
+"""tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] fp32; samples packed into one row (b = 1)
+bring their offsets too, cu_seqlens [samples + 1] int32 from 0 to s, always on the host."""
 
 
 class Reduced(NamedTuple):
@@ -67,7 +69,17 @@ def next_token_loss(chunk: torch.nn.Module, batch: Batch) -> Tensor:
     mask.
     """
     inputs = (batch["tokens"], batch["position_ids"], None)
-    return chunk(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    return chunk(
+        *inputs, labels=batch["labels"], loss_mask=batch["loss_mask"], packed_seq_params=packing_of(batch)
+    )
+
+
+def packing_of(batch: Batch) -> Packing | None:
+    """What attention needs to keep packed samples apart; None for a batch without `cu_seqlens`. Every
+    pipeline stage asks for itself, from its own copy of the batch."""
+    if "cu_seqlens" not in batch:
+        return None
+    return packing(batch["cu_seqlens"], batch["tokens"].device)
 
 
 NEXT_TOKEN = Objective(next_token_loss)
@@ -167,7 +179,10 @@ def _on_device(batch: Batch) -> Batch:
     device = ranks.device()
     if device.type == "cpu":
         return batch
-    return {key: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    return {
+        key: v.to(device, non_blocking=True) if isinstance(v, Tensor) and key != "cu_seqlens" else v
+        for key, v in batch.items()
+    }
 
 
 def _clip(optimizer: ChainedOptimizer) -> float:

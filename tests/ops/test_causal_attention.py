@@ -1,5 +1,6 @@
 """Causal attention's compiled op for the CPU against fp64."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -17,13 +18,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.skipif(not ops.available(), reason=ops.report())
 
 
-def low_precision_formula(q, k, v, window=0):
+def low_precision_formula(q, k, v, window=0, cu_seqlens=None):
     """What PyTorch code in the tensors' own dtype computes: every step rounded."""
     s, per = q.shape[0], q.shape[2] // k.shape[2]
     q, k, v = q.permute(1, 2, 0, 3), k.repeat_interleave(per, 2), v.repeat_interleave(per, 2)
     scores = q @ k.permute(1, 2, 3, 0) / q.shape[-1] ** 0.5
     distance = torch.arange(s)[:, None] - torch.arange(s)
     seen = (distance >= 0) & (distance < (window or s))
+    if cu_seqlens is not None:
+        sample = torch.repeat_interleave(cu_seqlens.diff())
+        seen &= sample[:, None] == sample
     probabilities = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     return (probabilities @ v.permute(1, 2, 0, 3)).permute(2, 0, 1, 3)
 
@@ -35,13 +39,13 @@ def run(function, q, k, v, dout, **options):
     return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *gradients), strict=True))
 
 
-def check_against_fp64(q, k, v, dout, window=0):
+def check_against_fp64(q, k, v, dout, **options):
     """Every output errs at most twice as much as the low-precision formula, plus one rounding of the largest
     output and of fp32 sums as long as the sequence.
     """
-    got, rough = (run(f, q, k, v, dout, window=window) for f in (ops.causal_attention, low_precision_formula))
+    got, rough = (run(f, q, k, v, dout, **options) for f in (ops.causal_attention, low_precision_formula))
     wide = [t.double() for t in (q, k, v, dout)]
-    exact = run(ops.causal_attention_reference, *wide, window=window)
+    exact = run(ops.causal_attention_reference, *wide, **options)
     for name, want in exact.items():
         assert got[name].shape == want.shape and got[name].dtype == q.dtype
         error, allowed = (got[name].double() - want).abs(), (rough[name].double() - want).abs()
@@ -92,6 +96,47 @@ def test_sliding_window(window):
 )
 def test_any_shape(s, b, groups, per, d, window, dtype):
     check_against_fp64(*inputs(s, b, groups, per, d, dtype, seed=s * 100 + d), window=window)
+
+
+PACKED = {
+    "one sample": [0, 700],
+    "of all lengths": [0, 1, 2, 66, 130, 131, 300, 699, 700],
+    "short ones": list(range(0, 700, 7)) + [700],
+    "empty ones": [0, 0, 64, 64, 64, 700, 700],
+}
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_samples(name, dtype, window):
+    case = inputs(700, 1, 1, 2, 8, dtype)
+    cu_seqlens = torch.tensor(PACKED[name], dtype=torch.int32)
+    check_against_fp64(*case, window=window, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_samples_are_what_they_are_alone(name):
+    """In fp32 but for the order of sums, which depends on where a sample lies."""
+    case = inputs(700, 2, 2, 2, 16)
+    packed = run(ops.causal_attention, *case, cu_seqlens=torch.tensor(PACKED[name], dtype=torch.int32))
+    for begin, end in itertools.pairwise(PACKED[name]):
+        alone = run(ops.causal_attention, *(t[begin:end] for t in case))
+        for key, want in alone.items():
+            torch.testing.assert_close(packed[key][begin:end], want, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_of_one_sample_reaches_another():
+    """To the bit, whatever the others hold."""
+    cu_seqlens = torch.tensor([0, 70, 150, 230], dtype=torch.int32)
+    q, k, v, dout = inputs(230, 1, 2, 2, 16)
+    want = run(ops.causal_attention, q, k, v, dout, cu_seqlens=cu_seqlens)
+    others = torch.cat([torch.arange(70), torch.arange(150, 230)])
+    for t in (q, k, v, dout):
+        t[others] = torch.randn(t[others].shape) * 1e4
+    got = run(ops.causal_attention, q, k, v, dout, cu_seqlens=cu_seqlens)
+    for name in want:
+        assert torch.equal(got[name][70:150], want[name][70:150]), name
 
 
 @pytest.mark.parametrize("scale", [1e-4, 30.0], ids=str)
@@ -171,8 +216,11 @@ def test_opcheck():
     library = torch.ops.solar_mega
     opcheck(library.causal_attention.default, (*leaves, 0.25))
     opcheck(library.causal_attention.default, (*leaves, 0.25, 4))
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    opcheck(library.causal_attention.default, (*leaves, 0.25, 0, cu_seqlens))
     _, stats = library.causal_attention(q, k, v, 0.25)
     opcheck(library.causal_attention_backward.default, (dout, q, k, v, stats, 0.25))
+    opcheck(library.causal_attention_backward.default, (dout, q, k, v, stats, 0.25, 0, cu_seqlens))
 
 
 def test_compiles_into_one_graph():
@@ -210,6 +258,31 @@ BAD = {
     ),
     "window": ((Q, K, K), {"window": -1}, "window is -1; allowed: 0"),
     "scale": ((Q, K, K), {"scale": float("nan")}, "scale is -?nan; allowed: a finite number"),
+    "offsets' dtype": (
+        (Q, K, K),
+        {"cu_seqlens": torch.tensor([0, 5])},
+        "cu_seqlens has dtype Long; it must be Int",
+    ),
+    "offsets' end": (
+        (Q, K, K),
+        {"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)},
+        "cu_seqlens runs from 0 to 4; it must cover all positions, 0 to 5",
+    ),
+    "offsets' order": (
+        (Q, K, K),
+        {"cu_seqlens": torch.tensor([0, 4, 3, 5], dtype=torch.int32)},
+        "cu_seqlens goes from 4 to 3 at index 2",
+    ),
+    "offsets beyond": (
+        (Q, K, K),
+        {"cu_seqlens": torch.tensor([0, 9, 5], dtype=torch.int32)},
+        "cu_seqlens goes from 0 to 9 at index 1",
+    ),
+    "no offsets": (
+        (Q, K, K),
+        {"cu_seqlens": torch.zeros(0, dtype=torch.int32)},
+        r"cu_seqlens has shape \[0\]; allowed: contiguous",
+    ),
 }
 
 

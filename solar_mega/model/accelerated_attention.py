@@ -1,0 +1,109 @@
+"""Core attention through optional libraries for GPUs: flash-attn and Transformer Engine.
+
+Each takes [s, b, heads, d] or, for packed samples, their own layout [tokens, heads, d].
+"""
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor, nn
+
+from solar_mega.errors import UserError
+from solar_mega.model.packing import Packing
+
+
+class FlashAttention(nn.Module):
+    """flash-attn: `flash_attn_func`, and `flash_attn_varlen_func` for packed samples.
+
+    Raises UserError when the library is absent or the model is not bf16.
+    """
+
+    def __init__(
+        self, config, layer_number: int, attn_mask_type: AttnMaskType, softmax_scale=None, **_
+    ) -> None:
+        super().__init__()
+        try:
+            from flash_attn import flash_attn_func, flash_attn_varlen_func
+        except ImportError as error:
+            raise UserError(
+                f'kernels.attention = "flash" needs flash-attn, which cannot be imported ({error}); '
+                'install it (pip install flash-attn), or choose "fused" or "sdpa"'
+            ) from error
+        if config.params_dtype not in (torch.bfloat16, torch.float16):
+            raise UserError(
+                'kernels.attention = "flash" computes in bf16 only; set train.precision = "bf16", or choose '
+                '"fused" or "sdpa"'
+            )
+        self.whole, self.packed = flash_attn_func, flash_attn_varlen_func
+        self.dropout = config.attention_dropout
+        self.options = {
+            "softmax_scale": softmax_scale,
+            "causal": True,
+            "window_size": tuple(config.window_size) if config.window_size else (-1, -1),
+        }
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: Packing | None = None,
+        **_,
+    ) -> Tensor:
+        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n*d]; b = 1 for packed samples."""
+        options = {**self.options, "dropout_p": self.dropout if self.training else 0.0}
+        if packed_seq_params is None:
+            context = self.whole(*(t.transpose(0, 1) for t in (query, key, value)), **options)
+            return context.transpose(0, 1).flatten(2)
+        p = packed_seq_params
+        p.check(query)
+        context = self.packed(
+            *(t.squeeze(1) for t in (query, key, value)),
+            cu_seqlens_q=p.cu_seqlens_q,
+            cu_seqlens_k=p.cu_seqlens_kv,
+            max_seqlen_q=p.max_seqlen_q,
+            max_seqlen_k=p.max_seqlen_kv,
+            **options,
+        )
+        return context.flatten(1).unsqueeze(1)
+
+
+class TransformerEngineAttention(nn.Module):
+    """Transformer Engine's attention through Megatron's wrapper of it.
+
+    Raises UserError when the library is absent.
+    """
+
+    def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, **options) -> None:
+        super().__init__()
+        try:
+            import transformer_engine.pytorch  # noqa: F401
+            from megatron.core.extensions.transformer_engine import TEDotProductAttention
+        except ImportError as error:
+            raise UserError(
+                f'kernels.attention = "te" needs Transformer Engine, which cannot be imported ({error}); '
+                'install it (pip install "transformer-engine[pytorch]"), or choose "fused", "sdpa" or "flash"'
+            ) from error
+        self.mask_type = attn_mask_type
+        self.inner = TEDotProductAttention(config, layer_number, attn_mask_type, **options)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: Packing | None = None,
+        **_,
+    ) -> Tensor:
+        """As `FlashAttention.forward`."""
+        if packed_seq_params is None:
+            return self.inner(query, key, value, attention_mask, self.mask_type)
+        packed_seq_params.check(query)
+        context = self.inner(
+            *(t.squeeze(1) for t in (query, key, value)),
+            None,
+            AttnMaskType.padding_causal,  # the only causal one that the packed layout has
+            packed_seq_params=packed_seq_params,
+        )
+        return context.reshape(query.shape[0], 1, -1)
