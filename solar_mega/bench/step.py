@@ -1,9 +1,9 @@
 """`solar-mega bench step`: one training step, ours beside the peers, in one process on the same batch.
 
-Peers: transformers with torch's AdamW (fused, as its Trainer defaults to), and megatron-core's own local
-layer spec with the optimizer it picks itself. All start from the same weights. Steps are taken in turns, one
-of each per round, so that a busy machine slows all alike; the figure is the median over rounds of the paired
-ratio.
+Peers: transformers with torch's AdamW (fused, as its Trainer defaults to), megatron-core's own local layer
+spec with the optimizer it picks itself, and "reference": ours with every kernel switched to PyTorch. All
+start from the same weights. Steps are taken in turns, one of each per round, so that a busy machine slows all
+alike; the figure is the median over rounds of the paired ratio.
 """
 
 import statistics
@@ -53,6 +53,8 @@ class StepBench:
     """CPU threads; default: all cores."""
     peers: tuple[str, ...] = ("transformers", "megatron")
     """Beside ours."""
+    profile: bool = False
+    """Say where our step's time goes, operation by operation."""
     out: Path | None = None
     """Write the result as JSON to this file."""
 
@@ -78,6 +80,8 @@ def run(options: StepBench) -> dict:
         steps = {name: _BUILDERS[name](arch, options) for name in ("solar_mega", *options.peers)}
         measured = _measure(steps, arch, options)
         report = _report(measured, arch, options)
+        if options.profile:
+            report["profile"] = _profile(steps["solar_mega"], arch, options)
     if options.out is not None:
         import json
 
@@ -148,6 +152,27 @@ def _report(measured: Result, arch: Architecture, o: StepBench) -> dict:
     return {"device": device, "torch": torch.__version__, "shape": shape, "providers": providers}
 
 
+def _profile(step: Step, arch: Architecture, o: StepBench, steps: int = 3) -> dict[str, float]:
+    """Operation -> its share of the time of `steps` steps, its callees' not included; largest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    gpu = torch.cuda.is_available()
+    tokens = torch.randint(arch.vocab_size, (o.batch, o.seq_length + 1), device=ranks.device())
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with profile(activities=activities) as trace:
+        for _ in range(steps):
+            step(tokens)
+        _synchronize()
+    name = "self_device_time_total" if gpu else "self_cpu_time_total"
+    times = {event.key: getattr(event, name) for event in trace.key_averages()}
+    total = sum(times.values())
+    shares = {key: value / total for key, value in times.items() if value >= 0.005 * total}
+    shares = dict(sorted(shares.items(), key=lambda item: -item[1]))
+    shares["everything else"] = 1.0 - sum(shares.values())
+    say(table([(key, f"{share:.1%}") for key, share in shares.items()], ("our step", "of its time")))
+    return {key: round(share, 4) for key, share in shares.items()}
+
+
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -157,9 +182,16 @@ _SEED = 1
 _OPTIMIZER = OptimizerConfig(lr=1e-3)
 
 
-def _ours(arch: Architecture, o: StepBench) -> Step:
+_PYTORCH = KernelConfig(
+    rms_norm="reference", rotary="reference", swiglu="reference", attention="sdpa", token_loss="reference"
+)
+"""Every kernel switched to what PyTorch and megatron-core have."""
+
+
+def _ours(arch: Architecture, o: StepBench, kernels: KernelConfig | None = None) -> Step:
     parallel = ParallelConfig()
-    chunks = build_model(arch, parallel, o.precision, KernelConfig(), max_sequence_length=o.seq_length)
+    kernels = kernels or KernelConfig()
+    chunks = build_model(arch, parallel, o.precision, kernels, max_sequence_length=o.seq_length)
     identity = LayerMap.parse("identity", arch.num_layers)
     load_weights(chunks, RandomWeights(arch, _SEED), arch, identity, parallel)
     return _megatron_step(chunks, o, wrap(chunks, parallel), tuned=True)
@@ -255,4 +287,5 @@ _BUILDERS: dict[str, Callable[[Architecture, StepBench], Step]] = {
     "solar_mega": _ours,
     "transformers": _transformers,
     "megatron": _stock_megatron,
+    "reference": lambda arch, o: _ours(arch, o, _PYTORCH),
 }

@@ -22,11 +22,14 @@ def same_threads_afterwards():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_all_providers_take_the_same_steps(tmp_path, precision, capsys):
     out = tmp_path / "deep" / "step.json"
-    report = run(StepBench(**TINY, precision=precision, out=out))
+    peers = ("transformers", "megatron", "reference")
+    report = run(StepBench(**TINY, precision=precision, out=out, profile=True, peers=peers))
     assert json.loads(out.read_text()) == report
-    assert report["shape"] == {**TINY, "batch": 2, "precision": precision}
+    assert report["shape"] == {**TINY, "batch": 2, "precision": precision, "profile": True}
     assert report["torch"] == torch.__version__ and report["device"]
-    assert list(report["providers"]) == ["solar_mega", "transformers", "megatron"]
+    assert list(report["providers"]) == ["solar_mega", *peers]
+    assert sum(report["profile"].values()) == pytest.approx(1, abs=0.01)
+    assert any(name.startswith("solar_mega::") for name in report["profile"])
     # bf16 implementations round in different places: 2^-8 of a logit, averaged over 32 tokens.
     tolerance = {"fp32": 1e-4, "bf16": 2**-8}[precision]
     ours = report["providers"]["solar_mega"]
