@@ -19,6 +19,7 @@ VERBS = {
     ),
     "verify": ("solar_mega.checkpoint.command:verify", "prove that DST is SRC through the map, bit for bit"),
     "inspect": ("solar_mega.checkpoint.command:inspect", "what a checkpoint or model directory holds"),
+    "plan": ("solar_mega.plan.command:plan", "memory, communication, days and GPU-hours; needs no GPU"),
     "tokenize": ("solar_mega.data.command:tokenize", "jsonl, parquet or text -> Megatron .bin/.idx"),
     "tokenizer": ("solar_mega.data.command:tokenizer", "train a SentencePiece tokenizer on text"),
     "pretrain": ("solar_mega.train.command:pretrain", "(continued) pretraining, from a TOML file"),

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "solar_mega"
 LAYERS = (
     {"__main__"},
     {"quickstart"},
-    {"evaluate", "align", "merge", "bench"},
+    {"evaluate", "align", "merge", "bench", "plan"},
     {"train"},
     {"data", "checkpoint"},
     {"artifact", "depth", "model"},
@@ -30,7 +30,7 @@ HEAVY = {"torch", "megatron", "transformers", "datasets", "matplotlib"}
 LIGHT = ("__init__.py", "__main__.py", "errors.py", "config", "depth", "artifact")
 """What `solar-mega --help` and the dry runs go through: no heavy import at module level."""
 
-LIGHT_FILES = ("runtime/console.py", "runtime/metrics.py", "runtime/files.py")
+LIGHT_FILES = ("runtime/console.py", "runtime/metrics.py", "runtime/files.py", "runtime/gpus.py")
 
 
 class Import(NamedTuple):

@@ -55,6 +55,9 @@ class ConvertOptions:
     dry_run: bool = False
     """Check everything, print the layer map and sizes, write nothing."""
 
+    config: Path | None = None
+    """TOML file with these settings (`src = ...`, `dst = ...`, `layer_map = ...`); the command line wins."""
+
 
 @dataclass(frozen=True)
 class VerifyOptions:

@@ -96,15 +96,25 @@ def check_training(cfg: C, world_size: int, check_data: Callable[[C, Problems], 
 
     Raises UserError listing everything that is wrong with `cfg` for a run on `world_size` processes.
     """
+    problems = _problems_of_run(cfg, world_size)
+    check_data(cfg, problems)
+    _check_places(cfg, problems)
+    problems.raise_if_any("configuration")
+
+
+def check_run(cfg: TrainingConfig, world_size: int) -> None:
+    """The part of `check_training` that touches no file: what a plan needs. Raises UserError likewise."""
+    _problems_of_run(cfg, world_size).raise_if_any("configuration")
+
+
+def _problems_of_run(cfg: TrainingConfig, world_size: int) -> Problems:
     problems = Problems()
     _check_ranges(cfg, problems)
     problems.raise_if_any("configuration")  # the arithmetic below takes the ranges for granted
     _check_parallel(cfg.parallel, world_size, problems)
     _check_batches(cfg, world_size, problems)
     _check_schedule(cfg, problems)
-    check_data(cfg, problems)
-    _check_places(cfg, problems)
-    problems.raise_if_any("configuration")
+    return problems
 
 
 def _check_ranges(cfg: TrainingConfig, problems: Problems) -> None:

@@ -13,6 +13,9 @@
     options = parse_options(ConvertOptions, argv, "convert")                     # verb without --config
     options, config = parse_run(RunOptions, PretrainConfig, argv, "pretrain")    # verb with --config
 
+A verb whose options themselves may stand in a file has `config: Path | None = None` among them: the file's
+keys are the other options, and the command line wins over it.
+
 Both print help and raise SystemExit(0) on `--help`, and raise UserError listing everything that is wrong.
 tyro draws the help page (help.py); the reading is done in overrides.py, because tyro stops at the first
 error.
@@ -25,7 +28,7 @@ from typing import Any, TypeVar
 
 from solar_mega.config.fields import MISSING, build, fields_of
 from solar_mega.config.help import print_help
-from solar_mega.config.load import read_settings, report_missing, source_name
+from solar_mega.config.load import read_settings, read_table, report_missing, source_name
 from solar_mega.config.overrides import read_words
 from solar_mega.errors import Problems, UserError
 
@@ -51,8 +54,13 @@ def parse_options(cls: type[Options], argv: Sequence[str], verb: str) -> Options
         print_help(verb, cls, None, {})
     problems, fields = Problems(), fields_of(cls)
     values = read_words(fields, argv, problems)
-    report_missing(fields, values, None, problems)
-    _raise(problems, verb, "command line")
+    toml = values.get("config")
+    toml = None if toml is MISSING else toml
+    if toml is not None:
+        others = {key: field for key, field in fields.items() if key != "config"}
+        values = {**read_table(toml, others, problems), **values}
+    report_missing(fields, values, toml, problems)
+    _raise(problems, verb, "command line" if toml is None else f"{toml} and command line")
     return build(cls, values)
 
 

@@ -60,8 +60,13 @@ def read_settings(
 ) -> dict[str, Any]:
     """Settings by dotted key, the command line over the file; one whose value is wrong is MISSING."""
     fields = fields_of(cls)
-    values = _read_table(read_toml(toml), fields, problems) if toml is not None else {}
+    values = read_table(toml, fields, problems) if toml is not None else {}
     return {**values, **read_words(fields, overrides, problems, others)}
+
+
+def read_table(toml: Path, fields: Mapping[str, Field], problems: Problems) -> dict[str, Any]:
+    """The file's settings by dotted key; unknown keys and wrong values go to `problems`."""
+    return _read_table(read_toml(toml), fields, problems)
 
 
 def report_missing(
@@ -71,7 +76,7 @@ def report_missing(
     for key, field in fields.items():
         if key in values or field.default is not MISSING:
             continue
-        if field.positional:
+        if field.positional and toml is None:
             problems.add(f"missing argument {field.flag} ({allowed(field.type)})")
         elif toml is None:
             problems.add(f"missing {field.flag} ({allowed(field.type)})")
@@ -79,7 +84,8 @@ def report_missing(
             section, _, name = key.rpartition(".")
             place = f"[{section}] {name} = ..." if section else f"{name} = ..."
             what = f"missing {key} ({allowed(field.type)})"
-            problems.add(f"{what}: write `{place}` in the file, or give {field.flag}")
+            given = f"the argument {field.flag}" if field.positional else field.flag
+            problems.add(f"{what}: write `{place}` in the file, or give {given}")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

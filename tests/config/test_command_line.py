@@ -132,3 +132,34 @@ def test_no_flag_that_torchrun_would_swallow():
     """torchrun also looks behind the script's name, and refuses what abbreviates several of its own flags."""
     names = [field.flag for field in fields_of(RunOptions).values()]
     assert all(len(name) > len("--xx") for name in names)
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    src: Positional[Path]
+    dst: Positional[Path]
+    layer_map: str = "identity"
+    dry_run: bool = False
+    config: Path | None = None
+
+
+def test_options_of_a_verb_may_stand_in_a_file(tmp_path):
+    toml = tmp_path / "x.toml"
+    toml.write_text('src = "a"\ndst = "b"\nlayer_map = "dus:8"\n')
+    found = parse_options(FileOptions, ["--config", str(toml)], "move")
+    assert found == FileOptions(Path("a"), Path("b"), "dus:8", False, toml)
+    found = parse_options(FileOptions, ["--config", str(toml), "other", "--layer-map", "dus:2"], "move")
+    assert (found.src, found.dst, found.layer_map) == (Path("other"), Path("b"), "dus:2")
+
+
+def test_errors_of_options_in_a_file_come_together(tmp_path):
+    toml = tmp_path / "x.toml"
+    toml.write_text('src = "a"\nlayermap = "dus:8"\nconfig = "y.toml"\n')
+    with pytest.raises(UserError) as error:
+        parse_options(FileOptions, ["--config", str(toml)], "move")
+    text = str(error.value)
+    assert "unknown key layermap" in text and "did you mean layer_map?" in text
+    assert "unknown key config" in text
+    assert "missing dst (a path): write `dst = ...` in the file, or give the argument DST" in text
+    with pytest.raises(UserError, match="no such file"):
+        parse_options(FileOptions, ["--config", str(tmp_path / "none.toml")], "move")
