@@ -39,6 +39,16 @@ FAMILIES = {
         dict(num_key_value_heads=2, rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0)),
     ),
     "mistral_window": ("Mistral", dict(num_key_value_heads=2, sliding_window=7)),
+    "qwen2": (
+        "Qwen2",
+        dict(num_key_value_heads=2, tie_word_embeddings=True, use_sliding_window=False),
+    ),
+    "qwen2_windows": (
+        "Qwen2",
+        dict(num_key_value_heads=4, use_sliding_window=True, sliding_window=5, max_window_layers=2),
+    ),
+    "qwen3": ("Qwen3", dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)),
+    "phi3": ("Phi3", dict(num_key_value_heads=2, sliding_window=9, pad_token_id=None)),
     "mistral_head_dim": ("Mistral", dict(num_key_value_heads=2, head_dim=16, sliding_window=None)),
 }
 
@@ -55,6 +65,8 @@ def make_family(name: str, directory: Path, layers: int = 4, shard_size: str = "
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:
                 parameter.uniform_(0.5, 1.5)
+            elif parameter_name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
     target = directory / name
     model.save_pretrained(target, max_shard_size=shard_size)
     return target

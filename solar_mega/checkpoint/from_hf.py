@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from solar_mega.artifact.hf import split_layer
 from solar_mega.artifact.layer_source import MappedSource
 from solar_mega.artifact.safetensors_io import SafetensorsReader
 from solar_mega.checkpoint.names import TensorSource, hf_names, hf_shapes, rule_of
@@ -57,17 +58,26 @@ def load_weights(
 
 
 def check_source(reader: SafetensorsReader, arch: Architecture, where: str) -> None:
-    """The checkpoint holds every tensor of `arch` (its own depth) in the right shape.
+    """The checkpoint holds every tensor of `arch` (its own depth) in the right shape, and no layer holds
+    another.
 
-    Raises UserError listing every missing and every misshapen tensor.
+    Raises UserError listing every missing, every misshapen and every unknown tensor.
     """
     problems = Problems()
-    for name, shape in hf_shapes(arch).items():
+    shapes = hf_shapes(arch)
+    for name, shape in shapes.items():
         info = reader.infos.get(name)
         if info is None:
             problems.add(f"{name} is missing")
         elif tuple(info.shape) != shape:
             problems.add(f"{name} has shape {list(info.shape)}; config.json says {list(shape)}")
+    # Old Llama checkpoints carry rotary frequencies, which follow from the config.
+    known = shapes.keys() | {name for name in reader.infos if name.endswith(".rotary_emb.inv_freq")}
+    unknown = [name for name in reader.infos if name not in known and split_layer(name)[0] is not None]
+    for name in unknown[:8]:
+        problems.add(f"{name} is not part of a {arch.family} layer (model/families.py), and would be lost")
+    if len(unknown) > 8:
+        problems.add(f"... and {len(unknown) - 8} more")
     problems.raise_if_any(where)
 
 

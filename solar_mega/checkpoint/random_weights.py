@@ -15,8 +15,8 @@ from solar_mega.model.architecture import Architecture
 
 
 class RandomWeights:
-    """A TensorSource: norms are 1, matrices N(0, std^2), projections into the residual stream std / sqrt(2
-    layers).
+    """A TensorSource: norms are 1, biases 0, matrices N(0, std^2), projections into the residual stream
+    std / sqrt(2 layers).
 
     The scaling of those projections keeps the residual stream's variance independent of depth (GPT-2).
     """
@@ -38,7 +38,7 @@ class RandomWeights:
     def _draw(self, name: str) -> Tensor:
         shape = self.shapes[name]
         if len(shape) == 1:
-            return torch.ones(shape)
+            return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
         into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = self.std / math.sqrt(2 * self.arch.num_layers) if into_residual else self.std
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()

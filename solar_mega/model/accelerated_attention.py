@@ -5,6 +5,7 @@ Each takes [s, b, heads, d] or, for packed samples, their own layout [tokens, he
 
 import torch
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
 from solar_mega.errors import UserError
@@ -35,10 +36,11 @@ class FlashAttention(nn.Module):
             )
         self.whole, self.packed = flash_attn_func, flash_attn_varlen_func
         self.dropout = config.attention_dropout
+        window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.options = {
             "softmax_scale": softmax_scale,
             "causal": True,
-            "window_size": tuple(config.window_size) if config.window_size else (-1, -1),
+            "window_size": tuple(config.window_size) if window else (-1, -1),
         }
 
     def forward(

@@ -11,10 +11,7 @@ from typing import Any
 
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import Problems
-
-FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
-"""Hugging Face `architectures` entry -> family. Both are the Llama 2 block the paper grows; SOLAR itself is
-Llama."""
+from solar_mega.model.families import BEYOND, FAMILIES, Family
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,8 @@ class Architecture:
     heads."""
 
     family: str
+    """`model_type` of its family (`model.families`)."""
+
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -69,6 +68,11 @@ class Architecture:
     max_position_embeddings: int
     rope: Rope = field(default_factory=Rope)
     sliding_window: int | None = None
+    """Positions that a token sees, itself included; None sees all."""
+
+    windowed: tuple[bool, ...] = ()
+    """Which layers have the sliding window; empty where all layers are alike."""
+
     tied_embeddings: bool = False
     init_std: float = 0.02
     hf_config: Mapping[str, Any] = field(default_factory=dict, compare=False)
@@ -80,6 +84,7 @@ class Architecture:
         Raises UserError listing everything that is missing or that this project does not carry exactly.
         """
         problems = Problems()
+        given = dict(config)
         family = _family(config, problems)
         required = (
             "num_hidden_layers",
@@ -91,9 +96,10 @@ class Architecture:
         for key in required:
             if not isinstance(config.get(key), int) or config[key] < 1:
                 problems.add(f"{key} = {config.get(key)!r}; it must be a positive integer")
-        _refuse_unsupported(config, problems)
+        _refuse_unsupported(family, config, problems)
         rope = _rope(config, problems)
         problems.raise_if_any(where)
+        config = {**family.defaults, **config}
 
         heads = config["num_attention_heads"]
         groups = config.get("num_key_value_heads") or heads
@@ -102,9 +108,10 @@ class Architecture:
             problems.add(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {groups}")
         if head_dim % 2:
             problems.add(f"head_dim = {head_dim} is odd; rotary embedding rotates pairs")
+        window, windowed = _windows(family, config, problems)
         problems.raise_if_any(where)
         return cls(
-            family=family,
+            family=family.model_type,
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             ffn_hidden_size=config["intermediate_size"],
@@ -115,10 +122,11 @@ class Architecture:
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
             rope=rope,
-            sliding_window=config.get("sliding_window") if family == "mistral" else None,
+            sliding_window=window,
+            windowed=windowed,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             init_std=float(config.get("initializer_range", 0.02)),
-            hf_config=dict(config),
+            hf_config=given,
         )
 
     def grown(self, layer_map: LayerMap) -> "Architecture":
@@ -126,8 +134,16 @@ class Architecture:
         from solar_mega.artifact.hf import grown_config
 
         return replace(
-            self, num_layers=len(layer_map), hf_config=grown_config(dict(self.hf_config), layer_map)
+            self,
+            num_layers=len(layer_map),
+            windowed=tuple(layer_map.remap_list(self.windowed)) if self.windowed else (),
+            hf_config=grown_config(dict(self.hf_config), layer_map),
         )
+
+    @property
+    def block(self) -> Family:
+        """What the layers consist of."""
+        return next(family for family in FAMILIES.values() if family.model_type == self.family)
 
     def parameters(self) -> int:
         """Number of weights, tied embeddings counted once."""
@@ -135,8 +151,14 @@ class Architecture:
 
     def layer_parameters(self) -> int:
         query, key_value = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
-        attention = self.hidden_size * (2 * query + 2 * key_value)
-        return attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        matrices = self.hidden_size * (2 * query + 2 * key_value + 3 * self.ffn_hidden_size)
+        return matrices + self.layer_vectors()
+
+    def layer_vectors(self) -> int:
+        """Weights of a layer that are in no matrix product: norms and biases."""
+        query, key_value = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
+        bias = query + 2 * key_value if self.block.qkv_bias else 0
+        return 2 * self.hidden_size + bias + (2 * self.head_dim if self.block.qk_norm else 0)
 
     def embedding_parameters(self) -> int:
         return self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
@@ -149,24 +171,27 @@ class Architecture:
         because a causal token sees half the sequence on average (PaLM, arXiv 2204.02311, appendix B, with
         causality).
         """
-        norms = 2 * self.hidden_size
-        matrices = self.num_layers * (self.layer_parameters() - norms) + self.vocab_size * self.hidden_size
+        in_layers = self.num_layers * (self.layer_parameters() - self.layer_vectors())
+        matrices = in_layers + self.vocab_size * self.hidden_size
         attention = 12 * self.num_layers * self.num_attention_heads * self.head_dim * seq_length / 2
         return 6 * matrices + attention
 
 
-def _family(config: Mapping[str, Any], problems: Problems) -> str:
+def _family(config: Mapping[str, Any], problems: Problems) -> Family:
     names = config.get("architectures") or []
-    if not names and config.get("model_type") in FAMILIES.values():
-        return config["model_type"]
-    for name in names:
-        if name in FAMILIES:
-            return FAMILIES[name]
-    problems.add(f"architectures = {names!r} is not supported; supported: {', '.join(FAMILIES)}")
-    return ""
+    for family in FAMILIES.values():
+        if family.architecture in names or not names and config.get("model_type") == family.model_type:
+            return family
+    missing = sorted({part for key, part in BEYOND.items() if config.get(key) not in (None, False, 0)})
+    lacks = f"; it has {', '.join(missing)}, which the block here does not" if missing else ""
+    problems.add(
+        f"architectures = {names!r} is not supported{lacks}; supported: {', '.join(FAMILIES)} (a family "
+        "with the parts of one of these is a few lines in model/families.py)"
+    )
+    return FAMILIES["LlamaForCausalLM"]
 
 
-def _refuse_unsupported(config: Mapping[str, Any], problems: Problems) -> None:
+def _refuse_unsupported(family: Family, config: Mapping[str, Any], problems: Problems) -> None:
     """Options of the families that would change the function and that the Megatron block here does not
     carry."""
     allowed = {
@@ -174,11 +199,43 @@ def _refuse_unsupported(config: Mapping[str, Any], problems: Problems) -> None:
         "attention_bias": (False, None),
         "mlp_bias": (False, None),
         "attention_dropout": (0, 0.0, None),
+        "resid_pdrop": (0, 0.0, None),
         "quantization_config": (None,),
     }
     for key, values in allowed.items():
         if key in config and config[key] not in values:
             problems.add(f"{key} = {config[key]!r} is not supported; it must be {values[0]!r}")
+
+
+def _windows(
+    family: Family, config: Mapping[str, Any], problems: Problems
+) -> tuple[int | None, tuple[bool, ...]]:
+    """(`sliding_window`, which layers have it; empty where all are alike)."""
+    window, layers = config.get("sliding_window"), config["num_hidden_layers"]
+    if family.windows == "none" or window is None:
+        return None, ()
+    kinds = config.get("layer_types")
+    if family.windows == "all":
+        if kinds and set(kinds) != {"sliding_attention"}:
+            problems.add(
+                f"layer_types beside sliding_window = {window} is not something {family.architecture} has"
+            )
+        return window, ()
+    if not config.get("use_sliding_window"):
+        return None, ()
+    if kinds is None:
+        first = config["max_window_layers"]
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+    if unknown or len(kinds) != layers:
+        problems.add(
+            f"layer_types has {len(kinds)} entries ({', '.join(sorted(set(kinds)))}); it needs {layers}, each "
+            "sliding_attention or full_attention"
+        )
+    windowed = tuple(kind == "sliding_attention" for kind in kinds)
+    if not any(windowed):
+        return None, ()
+    return window, () if all(windowed) else windowed
 
 
 def _rope(config: Mapping[str, Any], problems: Problems) -> Rope:

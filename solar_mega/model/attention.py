@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
 from solar_mega.model.architecture import Rope
@@ -58,8 +59,11 @@ class RotarySelfAttention(SelfAttention):
         """
         mixed, _ = self.linear_qkv(hidden_states)
         groups = self.num_query_groups_per_partition
+        mixed = mixed.view(*mixed.shape[:2], groups, -1)
+        if self.q_layernorm is not None:
+            mixed = self._normed(mixed)
         query, key, value = qkv_rotary(
-            mixed.view(*mixed.shape[:2], groups, -1),
+            mixed,
             *self.tables,
             self.num_attention_heads_per_partition // groups,
             positions=rotary_pos_emb,
@@ -81,6 +85,19 @@ class RotarySelfAttention(SelfAttention):
             )
         return self.linear_proj(context)
 
+    def _normed(self, mixed: Tensor) -> Tensor:
+        """[s, b, g, (n/g + 2)·d] with the norms of queries and keys applied, each over one head."""
+        d = self.hidden_size_per_attention_head
+        heads = mixed.view(*mixed.shape[:3], -1, d)
+        query, key, value = heads.split([heads.shape[3] - 2, 1, 1], dim=3)
+        return torch.cat([self.q_layernorm(query), self.k_layernorm(key), value], dim=3).flatten(3)
+
+
+def window_of(config, layer_number: int) -> int | None:
+    """Positions that a token of the layer (counted from 1) sees, itself included; None sees all."""
+    has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+    return config.window_size[0] + 1 if has_window else None
+
 
 class SDPAttention(nn.Module):
     """Causal attention through `torch.nn.functional.scaled_dot_product_attention`.
@@ -96,7 +113,7 @@ class SDPAttention(nn.Module):
         super().__init__()
         self.scale = softmax_scale
         self.dropout = config.attention_dropout
-        self.window = config.window_size[0] + 1 if config.window_size else None
+        self.window = window_of(config, layer_number)
 
     def forward(
         self,
@@ -173,7 +190,7 @@ class UnfusedAttention(DotProductAttention):
         """As `SDPAttention.forward`."""
         if packed_seq_params is not None:
             packed_seq_params.check(query)
-            window = self.config.window_size[0] + 1 if self.config.window_size else 0
+            window = window_of(self.config, self.layer_number) or 0
             seen = band(query.shape[0], window, query.device, packed_seq_params.cu_seqlens_q)
             attention_mask = ~seen[None, None]
         return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)

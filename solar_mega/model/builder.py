@@ -79,9 +79,12 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=arch.block.qkv_bias,
+        qk_layernorm=arch.block.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         window_size=window,
+        window_attn_skip_freq=[int(has_window) for has_window in arch.windowed] or None,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
@@ -152,9 +155,11 @@ def _mark_tensor_parallel_weights(chunk: GPTModel) -> None:
     }
     for module in chunk.modules():
         axis = split_axis.get(type(module))
-        if axis is not None and getattr(module, "weight", None) is not None:
-            weight = module.weight
-            if not getattr(weight, "tensor_model_parallel", False):
+        if axis is None:
+            continue
+        split = [module.weight, module.bias if axis == 0 and hasattr(module, "bias") else None]
+        for weight in split:
+            if weight is not None and not getattr(weight, "tensor_model_parallel", False):
                 tensor_parallel.set_tensor_model_parallel_attributes(
                     weight, is_parallel=True, dim=axis, stride=1
                 )

@@ -78,11 +78,12 @@ def _weight_gradient(weight: Tensor, dy: Tensor, x: Tensor, widen: bool) -> Tens
 
 
 def _product(megatron, x: Tensor, weight: Tensor, bias: Tensor | None, options: dict) -> Tensor:
-    if x.is_cuda or bias is not None or not weight.requires_grad or options.get("grad_output_buffer"):
+    if x.is_cuda or not weight.requires_grad or options.get("grad_output_buffer"):
         return megatron(x, weight, bias=bias, **options)
     widen = x.dtype == torch.bfloat16 and products_in_fp32()
     group = options.get("tp_group")
-    return _Linear.apply(x, weight, options["allreduce_dgrad"], options["sequence_parallel"], group, widen)
+    y = _Linear.apply(x, weight, options["allreduce_dgrad"], options["sequence_parallel"], group, widen)
+    return y if bias is None else y + bias
 
 
 class ColumnLinear(tensor_parallel.ColumnParallelLinear):

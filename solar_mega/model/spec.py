@@ -58,6 +58,8 @@ def solar_layer_spec(arch: Architecture, kernels: KernelConfig, max_positions: i
             linear_qkv=provider.column_parallel_linear(),
             core_attention=provider.core_attention(),
             linear_proj=provider.row_parallel_linear(),
+            q_layernorm=provider.layer_norm(for_qk=True) if arch.block.qk_norm else None,
+            k_layernorm=provider.layer_norm(for_qk=True) if arch.block.qk_norm else None,
         ),
     )
     # Of the type ModuleSpec in all but name: Megatron's layer warns of every MLP class in one that it does
