@@ -229,8 +229,8 @@ def _windows(
     unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
     if unknown or len(kinds) != layers:
         problems.add(
-            f"layer_types has {len(kinds)} entries ({', '.join(sorted(set(kinds)))}); it needs {layers}, each "
-            "sliding_attention or full_attention"
+            f"layer_types has {len(kinds)} entries ({', '.join(sorted(set(kinds)))}); it needs {layers}, "
+            "each sliding_attention or full_attention"
         )
     windowed = tuple(kind == "sliding_attention" for kind in kinds)
     if not any(windowed):

@@ -1,7 +1,7 @@
 """Which weights a rank holds, counted without building anything.
 
     first chunk     embedding [V/t, h]
-    every layer     linear_qkv [(n + 2 g) d / t, h]   linear_proj [h, n d / t]
+    every layer     linear_qkv [(n + 2 g) d / t, h]   linear_proj [h, n d / t]    (bias, two norms [d])
                     linear_fc1 [2 f / t, h]           linear_fc2 [h, f / t]       two norms [h]
     last chunk      final norm [h], output layer [V/t, h]
 
@@ -56,10 +56,15 @@ def chunk_weights(arch: Architecture, parallel: ParallelConfig, pp_rank: int, ch
 def _layer_weights(arch: Architecture, tp: int, prefix: str) -> list[Weight]:
     h, f = arch.hidden_size, arch.ffn_hidden_size
     query, groups = arch.num_attention_heads * arch.head_dim, 2 * arch.num_query_groups * arch.head_dim
+    block, norms = arch.block, ("q_layernorm", "k_layernorm")
+    bias = [Weight(f"{prefix}.self_attention.linear_qkv.bias", (query + groups) // tp)]
+    head_norms = [Weight(f"{prefix}.self_attention.{name}.weight", arch.head_dim) for name in norms]
     return [
         Weight(f"{prefix}.input_layernorm.weight", h),
         Weight(f"{prefix}.self_attention.linear_proj.weight", query // tp * h),
         Weight(f"{prefix}.self_attention.linear_qkv.weight", (query + groups) // tp * h),
+        *(bias if block.qkv_bias else []),
+        *(head_norms if block.qk_norm else []),
         Weight(f"{prefix}.pre_mlp_layernorm.weight", h),
         Weight(f"{prefix}.mlp.linear_fc1.weight", 2 * f // tp * h),
         Weight(f"{prefix}.mlp.linear_fc2.weight", f // tp * h),
