@@ -1,25 +1,29 @@
-"""Optimizer states in Megatron checkpoints, around three faults of megatron-core 0.16 without TE or apex.
+"""Optimizer states in Megatron checkpoints, around faults of megatron-core 0.16 without TE or apex.
 
 It then uses torch's AdamW, which counts its steps in a tensor per parameter, while Megatron stores one
 number:
 
 1. An optimizer that has not stepped has no states, and Megatron asserts that it has: give it zeros at step 0.
    (Megatron's own remedy, a step on zero gradients, decays the weights.)
-2. Loading copies each state by name and looks for `step` among the loaded tensors, where it never is:
-KeyError. 3. Loading hands one and the same step tensor to every parameter. AdamW then adds 1 to it once per
-parameter, and the
-   bias correction of a resumed run is wrong: each gets its own copy.
+2. Loading hands one and the same step tensor to every parameter. AdamW then adds 1 to it once per parameter,
+   and the bias correction of a resumed run is wrong: each gets its own copy.
+
+The distributed optimizer's states go their own way, without a gather: see `optimizer_shards`.
 
 Besides, Megatron loads the learning rate, betas and decay of the old run over those of the new
 configuration. Here the configuration wins.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from solar_mega.checkpoint.optimizer_shards import fill_states, sharded_states
 
 
 def optimizer_state_dict(
@@ -28,21 +32,16 @@ def optimizer_state_dict(
     """`optimizer.sharded_state_dict`, whether or not the optimizer has stepped."""
     for inner in _inner(optimizer):
         _give_states(inner)
-    return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+    with _in_place(optimizer):
+        return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """`optimizer.load_state_dict`, moments, master weights and step count exact, hyperparameters kept."""
     optimizers = list(_inner(optimizer))
     kept = [[_hyperparameters(group) for group in inner.optimizer.param_groups] for inner in optimizers]
-    for inner in optimizers:
-        if isinstance(inner, DistributedOptimizer):
-            inner._set_main_param_and_optimizer_states = _Setter(inner)
-    try:
+    with _in_place(optimizer):
         optimizer.load_state_dict(loaded)
-    finally:
-        for inner in optimizers:
-            inner.__dict__.pop("_set_main_param_and_optimizer_states", None)
     for inner, groups in zip(optimizers, kept, strict=True):
         for group, hyperparameters in zip(inner.optimizer.param_groups, groups, strict=True):
             parameters = group["params"]
@@ -51,6 +50,27 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -
         for state in inner.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+
+
+@contextmanager
+def _in_place(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Megatron's distributed optimizers describe and take their states as `optimizer_shards` does."""
+    distributed = [inner for inner in _inner(optimizer) if isinstance(inner, DistributedOptimizer)]
+    for inner in distributed:
+        inner.sharded_param_state_fully_reshardable = partial(_describe, inner)
+        inner.load_parameter_state_from_fully_reshardable = partial(fill_states, inner)
+    try:
+        yield
+    finally:
+        for inner in distributed:
+            del inner.sharded_param_state_fully_reshardable
+            del inner.load_parameter_state_from_fully_reshardable
+
+
+def _describe(
+    optimizer: DistributedOptimizer, model_state: dict[str, Any], is_loading: bool, metadata: dict | None
+) -> dict:
+    return sharded_states(optimizer, model_state)
 
 
 def optimizer_kind(keys: Iterable[str]) -> str | None:
@@ -65,21 +85,6 @@ def kind_of(optimizer: MegatronOptimizer) -> str:
     """The same word for an optimizer at hand."""
     names = {"DistributedOptimizer": "distributed", "FP32Optimizer": "fp32"}
     return names.get(type(next(_inner(optimizer))).__name__, "float16")
-
-
-class _Setter:
-    """DistributedOptimizer._set_main_param_and_optimizer_states with the step that it forgets."""
-
-    def __init__(self, optimizer: DistributedOptimizer) -> None:
-        self.optimizer = optimizer
-
-    def __call__(self, model_parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self.optimizer.model_param_group_index_map[model_parameter]
-        main = self.optimizer.optimizer.param_groups[group]["params"][order]
-        state = self.optimizer.optimizer.state[main]
-        if "step" in state:
-            tensors = {"step": state["step"], **tensors}
-        type(self.optimizer)._set_main_param_and_optimizer_states(self.optimizer, model_parameter, tensors)
 
 
 def _inner(optimizer: MegatronOptimizer) -> Iterable[MegatronOptimizer]:

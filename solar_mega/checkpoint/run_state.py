@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from solar_mega.errors import Problems, UserError
+from solar_mega.runtime.files import sha256
 
 RUN_STATE = "run_state.json"
 _FORMAT = "solar_mega megatron checkpoint"
@@ -55,9 +56,12 @@ class RunState:
     """Base seed of the run; random streams are derived from it anew where the layout has changed."""
 
 
-def write_run_state(directory: Path, state: RunState) -> None:
+def write_run_state(directory: Path, state: RunState, hashes: dict[str, str] | None = None) -> None:
     """Writes `run_state.json` with the names and sizes of everything else in `directory`. Call when all is
     written.
+
+    `hashes`: SHA-256 of files whose content was hashed as it was written; the others are read. None keeps no
+    hashes.
     """
     sizes = {file.name: file.stat().st_size for file in sorted(directory.iterdir()) if file.is_file()}
     content = {
@@ -67,6 +71,8 @@ def write_run_state(directory: Path, state: RunState) -> None:
         "files": sizes,
         "versions": _versions(),
     }
+    if hashes is not None:
+        content["sha256"] = {name: hashes.get(name) or sha256(directory / name) for name in sizes}
     (directory / RUN_STATE).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
@@ -88,6 +94,27 @@ def check_files(path: Path | str) -> None:
             problems.add(f"{name} is missing ({size} bytes)")
         elif file.stat().st_size != size:
             problems.add(f"{name} has {file.stat().st_size} bytes; it was written with {size}")
+    _raise(problems, path)
+
+
+def check_hashes(path: Path | str, part: int = 0, parts: int = 1) -> None:
+    """Reads the checkpoint's files and compares their SHA-256 with what was written. Files are dealt out to
+    `parts` readers, the largest first; this one takes share number `part`. Nothing is read where the
+    checkpoint was saved without hashes.
+
+    Raises UserError naming all files that differ.
+    """
+    path = Path(path)
+    content = _read(path)
+    problems = Problems()
+    hashes = content.get("sha256", {})
+    for name in sorted(hashes, key=lambda name: -content["files"][name])[part::parts]:
+        if sha256(path / name) != hashes[name]:
+            problems.add(f"{name} does not hold what was written to it (its SHA-256 differs)")
+    _raise(problems, path)
+
+
+def _raise(problems: Problems, path: Path) -> None:
     if len(problems.texts) > _SHOWN:
         problems.texts[_SHOWN:] = [f"... and {len(problems.texts) - _SHOWN} more"]
     problems.raise_if_any(f"checkpoint {path} is damaged")

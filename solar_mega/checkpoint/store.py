@@ -4,6 +4,7 @@
       step-00000100/            complete: it got this name only after every byte was on the disk
       step-00000120/
       .step-00000140.partial/   being written, or what a killed run left; the next save removes it
+      step-00000130.damaged/    found damaged by a run that was told to fall back; yours to remove
       latest                    "step-00000120"
 
 Order of a save: write partial -> fsync -> rename -> move `latest` -> prune. A kill at any point leaves at
@@ -13,6 +14,7 @@ least the checkpoint that `latest` named before.
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 from solar_mega.runtime.console import say
@@ -86,7 +88,8 @@ class CheckpointStore:
             self.root.mkdir(parents=True, exist_ok=True)
             for entry in self.root.iterdir():
                 if _LEFTOVER.fullmatch(entry.name):
-                    shutil.rmtree(entry)
+                    # Not strictly: another thread may be removing a pruned one.
+                    shutil.rmtree(entry, ignore_errors=True)
             place = self.partial_path(step)
             place.mkdir()
         return place
@@ -113,8 +116,23 @@ class CheckpointStore:
         self._prune()
         return final
 
+    def set_aside(self, step: int) -> Path:
+        """Takes a damaged checkpoint out of the row: it keeps its content as `step-....damaged`, and `latest`
+        names the newest one left. Returns where it is now."""
+        damaged = self.root / f"{self.path(step).name}.damaged"
+        with disk_errors(self.root):
+            shutil.rmtree(damaged, ignore_errors=True)  # of the same step, set aside before
+            self.path(step).rename(damaged)
+            sync_directory(self.root)
+            steps = self.steps()
+            if steps:
+                with atomic_file(self.root / "latest") as stream:
+                    stream.write(self.path(steps[-1]).name + "\n")
+        return damaged
+
     def _prune(self) -> None:
-        """Removes the oldest complete checkpoints; never the one that `latest` names."""
+        """Removes the oldest complete checkpoints; never the one that `latest` names. Deleting large files
+        takes some file systems seconds, so a thread does it; the process does not end before it has."""
         named, _ = self._read_latest()
         others = [step for step in self.steps() if self.path(step).name != named]
         for step in others[: max(0, len(others) - (self.keep - 1))]:
@@ -122,7 +140,7 @@ class CheckpointStore:
             doomed = self.root / f".step-{step:08d}.replaced"
             shutil.rmtree(doomed, ignore_errors=True)
             self.path(step).rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            threading.Thread(target=shutil.rmtree, args=(doomed,), kwargs={"ignore_errors": True}).start()
 
 
 def _sync_tree(directory: Path) -> None:

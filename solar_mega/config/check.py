@@ -56,6 +56,7 @@ RANGES = {
     "schedule.warmup_steps": _at_least(0),
     "schedule.decay_steps": _at_least(1),
     "checkpoint.interval": _at_least(0),
+    "checkpoint.interval_minutes": _at_least(0),
     "checkpoint.keep": _at_least(2),
     "kernels.loss_logits_mib": _at_least(0),
 }

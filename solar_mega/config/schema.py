@@ -148,6 +148,17 @@ class CheckpointConfig:
     interval: int = 0
     """Steps between saves; 0 saves only at the end (and when a signal asks for it)."""
 
+    interval_minutes: float = 0.0
+    """Minutes between saves, beside or instead of `interval`; 0 turns it off."""
+
+    async_save: bool = False
+    """Write checkpoints beside the training, which goes on as soon as the state is set aside. One save at a
+    time; the run waits for the last one before it ends."""
+
+    on_failure: Literal["stop", "continue"] = "stop"
+    """When a save fails (disk full): stop, or go on and try again at the next interval. Older checkpoints are
+    intact either way. The save at the end, or on a signal, always stops."""
+
     keep: int = 2
     """Newest complete checkpoints kept; never below 2."""
 
@@ -157,6 +168,16 @@ class CheckpointConfig:
 
     save_optimizer: bool = True
     """Keep optimizer state in checkpoints; without it a checkpoint can be loaded but not resumed."""
+
+    hashes: bool = True
+    """Keep a SHA-256 of every file of a checkpoint."""
+
+    verify: bool = True
+    """Compare the files with their hashes before resuming; the ranks share the reading."""
+
+    fallback: bool = False
+    """When the newest checkpoint is damaged, set it aside and resume from the one before it. Otherwise a
+    damaged checkpoint is an error."""
 
 
 @dataclass(frozen=True)

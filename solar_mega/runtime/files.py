@@ -8,6 +8,7 @@ name, which the next writer of the same place on the same machine removes.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -50,6 +51,29 @@ def require_space(path: Path, needed: int) -> None:
             f"not enough disk space for {path}: {human_bytes(needed)} needed, {human_bytes(free)} free; "
             "free some or write to another disk"
         )
+
+
+def require_writable(directory: Path, nbytes: int) -> None:
+    """Proves that `directory` takes `nbytes`, by writing them: a quota, limit or read-only mount shows only
+    then. Raises UserError saying which."""
+    probe = directory / ".probe"
+    with disk_errors(directory):
+        try:
+            with open(probe, "wb") as stream:
+                stream.write(bytes(nbytes))
+                stream.flush()
+                os.fsync(stream.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content, streamed."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(4 << 20))
+    with open(file, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def require_empty(path: Path, flag: str) -> None:

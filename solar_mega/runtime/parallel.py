@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,6 +117,13 @@ def control_group() -> dist.ProcessGroup:
     return _control
 
 
+def any_rank(*flags: bool) -> tuple[bool, ...]:
+    """Collective: each flag, raised on any rank. One exchange for all of them."""
+    raised = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=control_group())
+    return tuple(bool(flag) for flag in raised.tolist())
+
+
 def gather(value: Any) -> list[Any]:
     """Collective: what each rank gave, by rank. For small objects."""
     values: list[Any] = [None] * world_size()
@@ -145,6 +153,17 @@ def together():
         yield
     except Exception as raised:
         error = raised
+    agree(error)
+
+
+def on_main(action: Callable[[], None]) -> None:
+    """Collective: runs `action` on rank 0; when it raises, all ranks raise (see `agree`)."""
+    error = None
+    if is_main():
+        try:
+            action()
+        except Exception as raised:
+            error = raised
     agree(error)
 
 

@@ -4,17 +4,15 @@ together."""
 import signal
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
-from solar_mega.runtime.parallel import control_group
-
 REQUEUE_EXIT_CODE = 75
 """sysexits' EX_TEMPFAIL: saved and willing to go on. Batch systems requeue on it."""
 
 
 class StopRequest:
-    """with StopRequest() as stop: ... if stop.on_any_rank(): save and leave"""
+    """with StopRequest() as stop: ... if any rank's stop.received: save and leave
+
+    Signals reach ranks at different moments, and all must leave at the same step: ask with
+    `parallel.any_rank`."""
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -33,9 +31,3 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
-
-    def on_any_rank(self) -> bool:
-        """Collective: signals reach ranks at different moments, and all must leave at the same step."""
-        flag = torch.tensor([self.received is not None], dtype=torch.uint8)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=control_group())
-        return bool(flag.item())

@@ -8,11 +8,13 @@ same data.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from solar_mega.config.schema import CheckpointConfig, TrainConfig
 from solar_mega.errors import UserError
+from solar_mega.runtime import parallel as ranks
 from solar_mega.runtime.console import human_bytes, human_count, human_seconds, say
 from solar_mega.runtime.metrics import MetricsWriter
 from solar_mega.runtime.signals import StopRequest
@@ -52,6 +54,19 @@ class Work:
     """Of one GPU in the run's precision, FLOP/s; None where it is not known."""
 
 
+class Saves(Protocol):
+    """How the loop saves; all of it is collective."""
+
+    def save(self, step: int) -> None:
+        """Saves the state after `step` steps, or begins to."""
+
+    def save_last(self, step: int) -> None:
+        """The same, complete when it returns."""
+
+    def poll(self) -> None:
+        """Between saves, every step."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     step: int
@@ -66,7 +81,7 @@ def train(
     config: TrainConfig,
     checkpoint: CheckpointConfig,
     metrics: MetricsWriter | None,
-    save: Callable[[int], None],
+    saves: Saves,
     first_step: int = 0,
 ) -> Outcome:
     """Run steps `first_step` + 1 .. `config.steps`. Collective.
@@ -74,14 +89,14 @@ def train(
     A step is validated before it is saved, so that a run resumed from it has the validation in its metrics.
 
     Args:
-        save: saves the state after that many steps; called every `checkpoint.interval`, at the end, and on a
-        signal.
+        saves: asked to save every `checkpoint.interval`, at the end, and on a signal.
         metrics: rank 0's writer, None elsewhere.
 
     Raises:
         UserError: loss or gradient not finite. The update was not made and the last checkpoint stands.
     """
     report = _Report(work, config, metrics, first_step, trainer.objective.shown)
+    clock = _Clock(checkpoint.interval_minutes)
     with StopRequest() as stop:
         if first_step == 0:
             report.validation(0, _validate(trainer, feed))
@@ -93,14 +108,32 @@ def train(
             last = step == config.steps
             if last or (config.eval_interval and step % config.eval_interval == 0):
                 report.validation(step, _validate(trainer, feed))
-            asked = stop.on_any_rank()
-            due = checkpoint.interval and step % checkpoint.interval == 0
-            if asked or due or last:
-                save(step)
+            asked, overdue = ranks.any_rank(stop.received is not None, clock.due())
+            if asked or last:
+                saves.save_last(step)
+            elif overdue or (checkpoint.interval and step % checkpoint.interval == 0):
+                saves.save(step)
+                clock.restart()
+            else:
+                saves.poll()
             if asked and not last:
                 say(f"{stop.received or 'a signal on another rank'}: saved at step {step}, leaving")
                 return Outcome(step, stop.received or "signal")
     return Outcome(config.steps, None)
+
+
+class _Clock:
+    """Is it time to save? Rank 0's watch decides."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = minutes * 60 if ranks.is_main() else 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self.since = time.monotonic()
+
+    def due(self) -> bool:
+        return 0.0 < self.seconds <= time.monotonic() - self.since
 
 
 def _validate(trainer: Trainer, feed: Feed) -> Evaluation | None:

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from solar_mega.artifact.hf import HFDirectory
 from solar_mega.checkpoint.from_hf import check_source, load_weights
 from solar_mega.checkpoint.random_weights import RandomWeights
-from solar_mega.checkpoint.run_state import read_run_state
+from solar_mega.checkpoint.resume import newest_sound, newest_whole
+from solar_mega.checkpoint.run_state import RunState, read_run_state
 from solar_mega.checkpoint.source import Source, open_source
 from solar_mega.checkpoint.store import CheckpointStore
 from solar_mega.config.check import TrainingConfig
 from solar_mega.config.load import to_toml
+from solar_mega.config.schema import CheckpointConfig
 from solar_mega.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import Problems, UserError
@@ -35,6 +37,7 @@ from solar_mega.train.loop import Feed, Outcome, Work, train
 if TYPE_CHECKING:
     from torch.nn import Module
 
+    from solar_mega.train.saves import RunSaves
     from solar_mega.train.step import Objective, Trainer
 
 
@@ -145,7 +148,7 @@ def prepare_model(cfg: TrainingConfig, tokenizer: Path | None = None) -> Prepare
 
 
 def _resume_point(cfg: TrainingConfig, store: CheckpointStore) -> Path | None:
-    latest = store.latest()
+    latest = newest_whole(store, cfg.checkpoint.fallback)
     if cfg.checkpoint.resume == "must" and latest is None:
         raise UserError(f'checkpoint.resume = "must", but {store.root} holds no complete checkpoint')
     if cfg.checkpoint.resume == "never" and (
@@ -185,12 +188,12 @@ def run_stage(cfg: TrainingConfig, prepared: Prepared, stage: Stage) -> Outcome:
     """
     from megatron.core import parallel_state
 
-    from solar_mega.checkpoint.megatron import load_checkpoint, save_checkpoint
+    from solar_mega.checkpoint.megatron import load_checkpoint
     from solar_mega.model.builder import build_for_training
     from solar_mega.train.optimizer import build_optimizer, build_schedule, wrap
     from solar_mega.train.step import Trainer
 
-    arch, resume_from = prepared.arch, prepared.resume_from
+    arch, resume_from = prepared.arch, _sound(prepared, cfg.checkpoint)
     dp, dp_rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     chunks = build_for_training(arch, cfg.parallel, cfg.train, cfg.kernels)
     if resume_from is None or stage.with_initial_weights is not None:
@@ -217,10 +220,6 @@ def run_stage(cfg: TrainingConfig, prepared: Prepared, stage: Stage) -> Outcome:
     )
     say(describe(cfg, prepared, dp))
 
-    def save(step: int) -> None:
-        state = _run_state(cfg, prepared, stage, step, schedule.state_dict(), dp)
-        save_checkpoint(prepared.store, chunks, optimizer if cfg.checkpoint.save_optimizer else None, state)
-
     tokens_per_sample = stage.tokens_per_sample or cfg.train.seq_length
     work = Work(
         tokens_per_step=round(cfg.train.global_batch_size * tokens_per_sample),
@@ -231,10 +230,31 @@ def run_stage(cfg: TrainingConfig, prepared: Prepared, stage: Stage) -> Outcome:
     feed = stage.feed(Running(trainer, dp, dp_rank, first_step))
     with ranks.together():
         metrics = _open_metrics(cfg, first_step)
-    outcome = train(trainer, feed, work, cfg.train, cfg.checkpoint, metrics, save, first_step)
+    with _saves(cfg, prepared, stage, trainer, chunks, dp) as saves:
+        outcome = train(trainer, feed, work, cfg.train, cfg.checkpoint, metrics, saves, first_step)
     if outcome.stopped_by is None and cfg.output.export_hf:
         _export(cfg, prepared, stage, chunks, outcome.step)
     return outcome
+
+
+def _sound(prepared: Prepared, config: CheckpointConfig) -> Path | None:
+    if prepared.resume_from is None:
+        return None
+    return newest_sound(prepared.store, prepared.resume_from, config.verify, config.fallback)
+
+
+def _saves(
+    cfg: TrainingConfig, prepared: Prepared, stage: Stage, trainer: "Trainer", chunks: list, dp: int
+) -> "RunSaves":
+    from solar_mega.checkpoint.saver import Saver
+    from solar_mega.train.saves import RunSaves
+
+    def state(step: int) -> RunState:
+        return _run_state(cfg, prepared, stage, step, trainer.schedule.state_dict(), dp)
+
+    saver = Saver(prepared.store, cfg.checkpoint.async_save, cfg.checkpoint.hashes)
+    optimizer = trainer.optimizer if cfg.checkpoint.save_optimizer else None
+    return RunSaves(saver, chunks, optimizer, state, cfg.checkpoint.on_failure)
 
 
 def load_initial_weights(cfg: TrainingConfig, prepared: Prepared, chunks: list) -> None:
@@ -276,9 +296,7 @@ def describe(cfg: TrainingConfig, prepared: Prepared, dp: int) -> str:
 
 def _run_state(
     cfg: TrainingConfig, prepared: Prepared, stage: Stage, step: int, schedule: dict[str, Any], dp: int
-):
-    from solar_mega.checkpoint.run_state import RunState
-
+) -> RunState:
     return RunState(
         step=step,
         consumed_samples=step * cfg.train.global_batch_size,

@@ -1,7 +1,7 @@
 """A loss or gradient that is not finite: no update, a message that names step and samples."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -76,6 +76,20 @@ def test_nothing_is_updated(case, where):
         assert after == untouched.step(data, micro_batches)
 
 
+@dataclass
+class Recorded:
+    """Saves nothing; remembers when it was asked to."""
+
+    steps: list[int]
+
+    def save(self, step):
+        self.steps.append(step)
+
+    save_last = save
+
+    def poll(self): ...
+
+
 def test_the_loop_names_step_and_samples():
     case = Case(micro_batch_size=BATCH)
     saved = []
@@ -98,7 +112,7 @@ def test_the_loop_names_step_and_samples():
                 config,
                 CheckpointConfig(interval=2),
                 None,
-                saved.append,
+                Recorded(saved),
             )
     message = str(caught.value)
     assert message.startswith("step 5: loss nan")
