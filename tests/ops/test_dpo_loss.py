@@ -11,18 +11,8 @@ from torch.library import opcheck
 
 from solar_mega import ops
 from solar_mega.ops.dpo_loss import VARIANTS, DPOLoss
+from tests.ops.devices import DEVICES
 
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.cuda,
-        pytest.mark.skipif(
-            not (torch.cuda.is_available() and ops.available("cuda")),
-            reason="no GPU, or ops built without CUDA",
-        ),
-    ],
-)
-DEVICES = ["cpu", CUDA]
 SMOOTHED = ("sigmoid", "robust")
 
 pytestmark = pytest.mark.skipif(not ops.available(), reason=ops.report())

@@ -6,19 +6,9 @@ import torch
 from solar_mega import ops
 from solar_mega.ops.pieces import pieces_of
 from tests.distributed import run_ranks
+from tests.ops.devices import DEVICES
 from tests.ops.multiplications import Multiplications
 
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.cuda,
-        pytest.mark.skipif(
-            not (torch.cuda.is_available() and ops.available("cuda")),
-            reason="no GPU, or ops built without CUDA",
-        ),
-    ],
-)
-DEVICES = ["cpu", CUDA]
 SMOOTHED = dict(label_smoothing=0.1, z_loss=1e-3)
 WAYS = ["columns", "tokens"]
 

@@ -1,9 +1,5 @@
 """SwiGLU's compiled ops against fp64, on every device that has them."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,19 +7,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from solar_mega import ops
-
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.cuda,
-        pytest.mark.skipif(
-            not (torch.cuda.is_available() and ops.available("cuda")),
-            reason="no GPU, or ops built without CUDA",
-        ),
-    ],
-)
-DEVICES = ["cpu", CUDA]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+from tests.ops.devices import DEVICES, DTYPES, NARROWER, run_again_on
 
 pytestmark = pytest.mark.skipif(not ops.available(), reason=ops.report())
 
@@ -176,14 +160,7 @@ def test_bad_gradients_are_refused():
         ops.swiglu(torch.zeros(5), implementation="reference")
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2"])
+@pytest.mark.parametrize("isa", NARROWER)
 def test_narrower_instruction_sets(isa):
     """Random shapes again, in a process that may use no wider vectors than `isa`."""
-    if os.environ.get("SOLAR_MEGA_CPU_ISA"):
-        pytest.skip("already inside such a process")
-    environment = os.environ | {"SOLAR_MEGA_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "any_shape"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if f"SOLAR_MEGA_CPU_ISA={isa}: this machine allows base up to" in done.stdout:
-        pytest.skip(f"this machine's processor has no {isa}")
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+    run_again_on(isa, __file__, "any_shape")

@@ -1,9 +1,5 @@
 """Token log-probs' compiled ops against fp64, on every device that has them, whole and split over ranks."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,19 +8,8 @@ from torch.library import opcheck
 
 from solar_mega import ops
 from solar_mega.ops.token_logprob import _Fused, _Reference
+from tests.ops.devices import DEVICES, DTYPES, NARROWER, run_again_on
 
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.cuda,
-        pytest.mark.skipif(
-            not (torch.cuda.is_available() and ops.available("cuda")),
-            reason="no GPU, or ops built without CUDA",
-        ),
-    ],
-)
-DEVICES = ["cpu", CUDA]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMOOTHED = dict(label_smoothing=0.1, z_loss=1e-3)
 
 pytestmark = pytest.mark.skipif(not ops.available(), reason=ops.report())
@@ -447,15 +432,7 @@ def test_unknown_implementation_is_refused():
         ops.token_logprob(GOOD, TARGETS, implementation="fast")
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2"])
+@pytest.mark.parametrize("isa", NARROWER)
 def test_narrower_instruction_sets(isa):
-    """Random shapes again, in a process that may use no wider vectors than `isa`."""
-    if os.environ.get("SOLAR_MEGA_CPU_ISA"):
-        pytest.skip("already inside such a process")
-    environment = os.environ | {"SOLAR_MEGA_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "test_any_shape or minus_infinity or without_a_softmax or magnitudes"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if f"SOLAR_MEGA_CPU_ISA={isa}: this machine allows base up to" in done.stdout:
-        pytest.skip(f"this machine's processor has no {isa}")
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+    """Again, in a process that may use no wider vectors than `isa`."""
+    run_again_on(isa, __file__, "test_any_shape or minus_infinity or without_a_softmax or magnitudes")
