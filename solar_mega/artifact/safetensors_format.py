@@ -3,7 +3,7 @@
 A file is `length (8 bytes, little endian) | JSON header | data`; the header gives each tensor's dtype, shape
 and [begin, end) inside the data, which the tensors cover without gap or overlap
 (https://huggingface.co/docs/safetensors). A directory holds `model.safetensors`, or shards and
-`model.safetensors.index.json`.
+`model.safetensors.index.json`; one that has neither may hold PyTorch's pickles instead (`torch_bin`).
 """
 
 import json
@@ -184,30 +184,41 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def index_name(directory: Path) -> str:
+    """The name of the directory's index, were there one: safetensors where any are, else PyTorch's."""
+    from solar_mega.artifact import torch_bin
+
+    if (directory / INDEX).exists() or (directory / SINGLE).exists():
+        return INDEX
+    pickled = any((directory / name).exists() for name in (torch_bin.INDEX, torch_bin.SINGLE))
+    return torch_bin.INDEX if pickled else INDEX
+
+
 def read_index(directory: Path, problems: Problems) -> tuple[list[str], dict[str, str] | None]:
     """Files to read, and the index's {tensor: file} where there is one."""
-    index = directory / INDEX
+    name = index_name(directory)
+    index, single = directory / name, name.removesuffix(".index.json")
     if not index.exists():
-        if not (directory / SINGLE).exists():
+        if not (directory / single).exists():
             problems.add(_nothing_found(directory))
             return [], None
-        return [SINGLE], None
-    if (directory / SINGLE).exists():
-        problems.add(f"it has both {SINGLE} and {INDEX}; remove the one that is not meant")
+        return [single], None
+    if (directory / single).exists():
+        problems.add(f"it has both {single} and {name}; remove the one that is not meant")
     try:
         content = json.loads(index.read_text("utf-8"), object_pairs_hook=_refuse_duplicates)
         listed = content["weight_map"]
         if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
             raise ValueError("weight_map must give a file for every tensor")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        problems.add(f"{INDEX} is not a valid index ({type(error).__name__}: {error})")
+        problems.add(f"{name} is not a valid index ({type(error).__name__}: {error})")
         return [], None
     files = sorted(set(listed.values()))
     outside = [file for file in files if os.path.basename(file) != file or file in ("", ".", "..")]
     for file in outside:
-        problems.add(f'{INDEX} names the file "{file}"; shards lie beside the index')
+        problems.add(f'{name} names the file "{file}"; shards lie beside the index')
     if not files:
-        problems.add(f"{INDEX} lists no tensors")
+        problems.add(f"{name} lists no tensors")
     return [file for file in files if file not in outside], listed
 
 
@@ -216,8 +227,8 @@ def _nothing_found(directory: Path) -> str:
     names = os.listdir(directory) if directory.is_dir() else []
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
         return (
-            f"its weights are PyTorch pickles (.bin), which are not read; {supported}. Convert them once: "
-            "transformers' AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+            f"its weights are PyTorch pickles of unknown names; {supported}, pytorch_model.bin, or its "
+            "shards with pytorch_model.bin.index.json"
         )
     if any(name.endswith(".safetensors") for name in names):
         return f"it has .safetensors files but no {INDEX}; {supported}"

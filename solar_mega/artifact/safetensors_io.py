@@ -17,11 +17,13 @@ from solar_mega.artifact.safetensors_format import (
     SINGLE,
     TensorInfo,
     dtype_name,
+    index_name,
     read_header,
     read_index,
     tensor_bytes,
     torch_dtype,
 )
+from solar_mega.artifact.torch_bin import read_pickle
 from solar_mega.errors import Problems, UserError
 from solar_mega.runtime.files import copy_range, read_into, write_all
 
@@ -34,7 +36,8 @@ _SHOWN = 20  # problems spelled out in one error
 
 
 class SafetensorsReader:
-    """The tensors of a directory, validated as a whole before the first one is read.
+    """The tensors of a directory, safetensors or PyTorch's .bin, validated as a whole before the first one is
+    read.
 
     Raises UserError listing everything that is wrong: missing or truncated shards, headers that are not
     JSON or too long, tensors that overlap, leave gaps or have the wrong number of bytes, names that the
@@ -51,7 +54,8 @@ class SafetensorsReader:
         problems.raise_if_any(f"checkpoint {self.directory}")
         self.infos: dict[str, TensorInfo] = {}
         for file in self.files:
-            for info in read_header(self.directory / file, problems):
+            read = read_pickle if file.endswith(".bin") else read_header
+            for info in read(self.directory / file, problems):
                 if info.name in self.infos:
                     problems.add(f"{info.name} is in both {self.infos[info.name].file} and {file}")
                 self.infos.setdefault(info.name, info)
@@ -62,16 +66,17 @@ class SafetensorsReader:
         problems.raise_if_any(f"checkpoint {self.directory}")
 
     def _compare_with_index(self, listed: dict[str, str], problems: Problems) -> None:
+        index = index_name(self.directory)
         broken = {file for file in self.files if any(text.startswith(f"{file}:") for text in problems.texts)}
         for name, file in listed.items():
             info = self.infos.get(name)
             if info is None and file not in broken:
-                problems.add(f"{INDEX} places {name} in {file}, which does not have it")
+                problems.add(f"{index} places {name} in {file}, which does not have it")
             elif info is not None and info.file != file and file not in broken:
-                problems.add(f"{INDEX} places {name} in {file}, but it is in {info.file}")
+                problems.add(f"{index} places {name} in {file}, but it is in {info.file}")
         for name, info in self.infos.items():
             if name not in listed:
-                problems.add(f"{info.file} holds {name}, which {INDEX} does not list")
+                problems.add(f"{info.file} holds {name}, which {index} does not list")
 
     def __enter__(self) -> "SafetensorsReader":
         return self

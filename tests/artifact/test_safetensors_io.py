@@ -253,7 +253,7 @@ class TestIndexThatLies:
     @pytest.mark.parametrize(
         "name, said",
         [
-            ("pytorch_model.bin", "pickles.*save_pretrained"),
+            ("consolidated.00.pth", "pickles of unknown names.*pytorch_model.bin"),
             ("x.safetensors", "no model"),
             ("a", "no weights"),
         ],
