@@ -23,6 +23,11 @@ VERBS = {
     "tokenize": ("solar_mega.data.command:tokenize", "jsonl, parquet or text -> Megatron .bin/.idx"),
     "tokenizer": ("solar_mega.data.command:tokenizer", "train a SentencePiece tokenizer on text"),
     "pretrain": ("solar_mega.train.command:pretrain", "(continued) pretraining, from a TOML file"),
+    "evaluate": ("solar_mega.evaluate.command:evaluate", "H6 and other tasks, perplexity, side by side"),
+    "decontaminate": (
+        "solar_mega.data.decontaminate:decontaminate",
+        "training data without what the benchmarks ask",
+    ),
     "quickstart": ("solar_mega.quickstart.command:quickstart", "the parts of launch/quickstart.sh"),
     "bench": ("solar_mega.bench.command:bench", "benchmarks beside peers: kernels, dpo, step"),
 }
