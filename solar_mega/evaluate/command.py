@@ -199,18 +199,21 @@ class Job:
 
     def evaluate_hf(self, path: Path) -> "ModelResult":
         """The result of the harness's own transformers model."""
+        import torch
         from lm_eval.models.huggingface import HFLM
 
         say(f"{self.names[path]}: {path}, by the harness's own transformers model")
         o = self.options
         if self.documents is not None:
             raise UserError(f"--text {path}: perplexity needs one of our families; not with --backend hf")
-        options: dict[str, Any] = {"dtype": "auto"}
-        if o.precision is not None:
-            options = {"dtype": {"fp32": "float32", "bf16": "bfloat16"}[o.precision]}
-        if o.max_length is not None:
-            options["max_length"] = o.max_length
-        lm = HFLM(pretrained=str(path), batch_size=HF_BATCH, **options)
+        names = {None: "auto", "fp32": "float32", "bf16": "bfloat16"}
+        lm = HFLM(
+            pretrained=str(path),
+            batch_size=HF_BATCH,
+            dtype=names[o.precision],
+            max_length=o.max_length,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
         return self._result(path, self._scores(lm, path), None)
 
     def _scores(self, lm: Any, path: Path) -> list:
