@@ -1,9 +1,9 @@
 """Does a text contain a piece of a benchmark? n-grams of normalised words, looked up by 64-bit hashes.
 
-    normalised     Unicode compatibility forms, case, punctuation and spaces do not count; a CJK sign is a word
-    n-gram         13 words (as GPT-3, arXiv 2005.14165, appendix C); a benchmark text of 8 to 12 words is
-                   looked for as a whole, a shorter one not at all: it would be found everywhere
-    hash           of a word blake2b; of n words  sum of h_i * M^(n - 1 - i)  modulo 2^64, all at once in numpy
+    normalised   Unicode compatibility forms, case, punctuation and spaces do not count; a CJK sign is a word
+    n-gram       13 words (as GPT-3, arXiv 2005.14165, appendix C); a benchmark text of 8 to 12 words is
+                 looked for as a whole, a shorter one not at all: it would be found everywhere
+    hash         of a word blake2b; of n words  sum of h_i * M^(n - 1 - i)  modulo 2^64, all at once in numpy
 
 The index is a sorted array per length: 16 bytes per benchmark n-gram, shared between processes as a file.
 """
