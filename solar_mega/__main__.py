@@ -24,6 +24,11 @@ VERBS = {
     "tokenizer": ("solar_mega.data.command:tokenizer", "train a SentencePiece tokenizer on text"),
     "pretrain": ("solar_mega.train.command:pretrain", "(continued) pretraining, from a TOML file"),
     "evaluate": ("solar_mega.evaluate.command:evaluate", "H6 and other tasks, perplexity, side by side"),
+    "contamination": (
+        "solar_mega.evaluate.contamination_command:contamination",
+        "was a model trained on benchmark texts?",
+    ),
+    "chat": ("solar_mega.evaluate.chat:chat", "talk to a model in the terminal"),
     "decontaminate": (
         "solar_mega.data.decontaminate:decontaminate",
         "training data without what the benchmarks ask",

@@ -3,7 +3,7 @@
     1. FLAN tasks        rows whose text is that of a row of a FLAN task on the list (OpenOrca's own ids name
                          only the submix, so the task is found by joining on the text)
     2. n-grams           rows that share 13 words in a row with a benchmark text (`overlap.py`)
-    3. near duplicates   rows with a text whose 5-word shingles are 80% those of a benchmark text (MinHash)
+    3. near duplicates   rows with a text whose word pairs are 80% those of a benchmark text (MinHash)
 
 Rows are judged by worker processes in chunks, in order, with a bounded number of chunks in memory. Kept rows
 are written byte for byte (JSON lines) or value for value (JSON arrays, parquet); originals are not touched.

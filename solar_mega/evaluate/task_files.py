@@ -102,6 +102,12 @@ def which_files(plans: list[TaskPlan]) -> str:
     return "\n".join(lines)
 
 
+def has_files(data: Path, plan: TaskPlan) -> bool:
+    """Whether the directory has anything of this task to score."""
+    layout = layout_of(plan.name)
+    return layout is not None and any(_files_of(data, layout, unit) is not None for unit in plan.units)
+
+
 def find_task_files(data: Path, plans: list[TaskPlan]) -> dict[str, TaskFiles]:
     """Files of every unit of `plans` by unit, all records checked.
 
