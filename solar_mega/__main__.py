@@ -34,6 +34,10 @@ VERBS = {
         "training data without what the benchmarks ask",
     ),
     "quickstart": ("solar_mega.quickstart.command:quickstart", "the parts of launch/quickstart.sh"),
+    "tables": (
+        "solar_mega.evaluate.paper_tables:tables",
+        "the paper's tables, published figures beside ours",
+    ),
     "bench": ("solar_mega.bench.command:bench", "benchmarks beside peers: kernels, dpo, step"),
 }
 """Verb -> (`module:function`, one line of help). Imported when called: a verb costs nothing until it is used.
