@@ -229,9 +229,9 @@ class Tokenizer:
         """Special tokens by spelling."""
         return self._engine.special_pieces()
 
-    def piece(self, id: int) -> str:
-        """How the vocabulary spells a token."""
-        return self._pieces[id]
+    def find_piece(self, id: int) -> str | None:
+        """How the vocabulary spells a token; None for an id it does not have."""
+        return self._pieces.get(id)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special tokens are left out."""

@@ -38,6 +38,9 @@ class Feed:
     wait_seconds: Callable[[], float]
     """Total time the loop has waited for training data."""
 
+    validated: Callable[[int, Evaluation], None] | None = None
+    """Called on every rank with the step and the result of each validation. Collective."""
+
     def micro_batches(self, step: int) -> int:
         given = self.train_micro_batches
         return given(step) if callable(given) else given
@@ -99,7 +102,7 @@ def train(
     clock = _Clock(checkpoint.interval_minutes)
     with StopRequest() as stop:
         if first_step == 0:
-            report.validation(0, _validate(trainer, feed))
+            report.validation(0, _validate(trainer, feed, 0))
         for step in range(first_step + 1, config.steps + 1):
             result = trainer.step(feed.train, feed.micro_batches(step))
             if not result.updated:
@@ -107,7 +110,7 @@ def train(
             report.step(step, result, feed.wait_seconds())
             last = step == config.steps
             if last or (config.eval_interval and step % config.eval_interval == 0):
-                report.validation(step, _validate(trainer, feed))
+                report.validation(step, _validate(trainer, feed, step))
             asked, overdue = ranks.any_rank(stop.received is not None, clock.due())
             if asked or last:
                 saves.save_last(step)
@@ -136,10 +139,13 @@ class _Clock:
         return 0.0 < self.seconds <= time.monotonic() - self.since
 
 
-def _validate(trainer: Trainer, feed: Feed) -> Evaluation | None:
+def _validate(trainer: Trainer, feed: Feed, step: int) -> Evaluation | None:
     if feed.validation is None:
         return None
-    return trainer.evaluate(feed.validation(), feed.validation_micro_batches)
+    seen = trainer.evaluate(feed.validation(), feed.validation_micro_batches)
+    if feed.validated is not None:
+        feed.validated(step, seen)
+    return seen
 
 
 def _refuse(step: int, result: StepResult, config: TrainConfig) -> None:
