@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import nn
 
+from solar_mega.checkpoint.changed_layers import ChangedLayers, plain_maps
 from solar_mega.checkpoint.fit import check_depth, check_optimizer, check_tensors, readable
 from solar_mega.checkpoint.layout import (
     METADATA,
@@ -60,8 +61,9 @@ def load_checkpoint(
         optimizer: None loads weights only. An optimizer that was built before and keeps master weights then
             needs `optimizer.reload_model_params()`.
         layer_map: grows the model: target layer -> the checkpoint's layer, weights and optimizer states
-            alike. None resumes: the depth must agree, and the random generators are restored on the same
-            layout, or seeded anew from (seed, step), with a message, on another.
+            alike; `changed_layers` says what becomes of the states of layers that are more than copies. None
+            resumes: the depth must agree, and the random generators are restored on the same layout, or
+            seeded anew from (seed, step), with a message, on another.
 
     Raises UserError when files are missing or damaged, or the checkpoint does not hold what the model needs.
     """
@@ -115,6 +117,32 @@ def _load(
     if optimizer is not None:
         check_optimizer(path, optimizer, shapes, metadata)
     metadata = ensure_metadata_has_dp_cp_group({**metadata, "non_homogeneous_layers": not source.homogeneous})
+    if not layer_map.changed:
+        return _load_copies(path, modules, optimizer, layer_map, source, shapes, metadata, with_rng)
+    dtypes = {tensor.dtype for key, tensor in stored.items() if key.startswith("decoder.layers.")}
+    changed = ChangedLayers(modules, optimizer, layer_map, max(dtypes, key=lambda dtype: dtype.itemsize))
+    try:
+        for number, copies in enumerate(plain_maps(layer_map)):
+            _load_copies(path, modules, optimizer, copies, source, shapes, metadata, with_rng=False)
+            changed.keep(number)
+    except BaseException:
+        changed.release()
+        raise
+    changed.finish()
+    return None
+
+
+def _load_copies(
+    path: Path,
+    modules: list[nn.Module],
+    optimizer: MegatronOptimizer | None,
+    layer_map: LayerMap,
+    source: SourceDepth,
+    shapes: dict[str, tuple[int, ...]],
+    metadata: dict[str, Any],
+    with_rng: bool,
+) -> dict[str, Any] | None:
+    """`_load` through a map whose layers are copies."""
     contents = _aimed(modules, layer_map, source, metadata)
     if optimizer is not None:
         contents["optimizer"] = optimizer_state_dict(optimizer, dict(contents), metadata, loading=True)

@@ -73,6 +73,33 @@ def _describe(
     return sharded_states(optimizer, model_state)
 
 
+def states_of(optimizer: MegatronOptimizer, parameter: torch.Tensor) -> tuple[dict[str, torch.Tensor], slice]:
+    """What this rank's optimizer holds for a model parameter, and which elements of the flattened parameter
+    it is for: `exp_avg`, `exp_avg_sq`, and `master` where the fp32 master weights are not the parameter
+    itself.
+
+    Nothing, where another data-parallel rank holds all of it or the parameter is frozen.
+    """
+    whole = slice(0, parameter.numel())
+    for inner in _inner(optimizer):
+        if isinstance(inner, DistributedOptimizer):
+            if parameter not in inner.model_param_group_index_map:
+                continue
+            held = inner._get_main_param_and_optimizer_states(parameter)
+            share = inner._get_model_param_range_map(parameter)["param"]
+            main, part = held["param"], slice(share.start, share.end)
+        else:
+            main, part = getattr(parameter, "main_param", parameter), whole
+            held = inner.optimizer.state.get(main) if inner.optimizer is not None else None
+            if not held:
+                continue
+        states = {key: held[key] for key in ("exp_avg", "exp_avg_sq")}
+        if main.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+            states["master"] = main
+        return states, part
+    return {}, whole
+
+
 def optimizer_kind(keys: Iterable[str]) -> str | None:
     """Which optimizer wrote a checkpoint with these tensors: "distributed", "float16", "fp32" or None."""
     states = {key.split(".")[2] for key in keys if key.startswith("optimizer.state.")}

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from solar_mega.artifact.safetensors_format import TensorInfo, tensor_bytes
 from solar_mega.checkpoint.names import hf_shapes
 from solar_mega.model.architecture import Architecture
 
@@ -26,6 +27,11 @@ class RandomWeights:
         self.std = arch.init_std if std is None else std
         self.shapes = hf_shapes(arch)
         self._last: tuple[str, Tensor] | None = None
+
+    def info(self, name: str) -> TensorInfo:
+        """dtype and shape of a tensor, which is nowhere on disk."""
+        shape = self.shapes[name]
+        return TensorInfo(name, "F32", shape, "", 0, tensor_bytes("F32", shape))
 
     def read_rows(self, name: str, start: int, stop: int, dim: int = 0) -> Tensor:
         return self._whole(name).narrow(dim, start, stop - start)

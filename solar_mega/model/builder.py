@@ -138,6 +138,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     chunk.rotary_pos_emb = RotaryPositions(chunk)
+    chunk.arch = arch
     _mark_tensor_parallel_weights(chunk)
     if not torch.cuda.is_available():
         return chunk

@@ -46,7 +46,7 @@ class LossHead(ColumnParallelLinear):
 
 
 class SolarGPT(GPTModel):
-    """megatron-core's GPT model with `LossHead` for its output layer.
+    """megatron-core's GPT model with `LossHead` for its output layer; `arch` is its `Architecture`.
 
     Called with `labels` it returns losses [b, s]. With `loss_mask` [b, s] as well the caller promises to take
     (losses * loss_mask).sum(), times any number: masked tokens then have loss 0, and the head's gradients are

@@ -1,7 +1,7 @@
 """Model chunks -> Megatron's DDP, its (distributed) optimizer, and the learning-rate schedule."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -38,7 +38,7 @@ class Replica(DistributedDataParallel):
     @functools.cached_property
     def _overwritten(self) -> set[torch.nn.Parameter]:
         linears = (module for module in self.module.modules() if isinstance(module, ColumnLinear | RowLinear))
-        return {linear.weight for linear in linears}
+        return {linear.weight for linear in linears if linear.weight.requires_grad}
 
     def start_grad_sync(self, *unused) -> None:
         self._zero_what_is_stale()
@@ -66,6 +66,18 @@ class LoneReplica(Replica):
         self._zero_what_is_stale()
 
     def start_param_sync(self, *unused, **options) -> None: ...
+
+
+def freeze_layers(chunks: Sequence[GPTModel], layers: Collection[int]) -> None:
+    """Takes the layers with these numbers in the whole model (`LayerMap.frozen`) out of training: no weight
+    gradient, no optimizer state, no weight decay. To be called before `wrap`, at every start of a run.
+
+    Embeddings, final norm and head are trained all the same.
+    """
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            if layer.layer_number - 1 in layers:
+                layer.requires_grad_(False)
 
 
 def wrap(

@@ -190,7 +190,7 @@ def run_stage(cfg: TrainingConfig, prepared: Prepared, stage: Stage) -> Outcome:
 
     from solar_mega.checkpoint.megatron import load_checkpoint
     from solar_mega.model.builder import build_for_training
-    from solar_mega.train.optimizer import build_optimizer, build_schedule, wrap
+    from solar_mega.train.optimizer import build_optimizer, build_schedule, freeze_layers, wrap
     from solar_mega.train.step import Trainer
 
     arch, resume_from = prepared.arch, _sound(prepared, cfg.checkpoint)
@@ -200,6 +200,7 @@ def run_stage(cfg: TrainingConfig, prepared: Prepared, stage: Stage) -> Outcome:
         load_initial_weights(cfg, prepared, chunks)
     if stage.with_initial_weights is not None:
         stage.with_initial_weights(chunks)
+    freeze_layers(chunks, prepared.layer_map.frozen)
     wrapped = wrap(chunks, cfg.parallel)
     optimizer = build_optimizer(wrapped, cfg.optimizer, cfg.parallel, cfg.train.precision)
     schedule = build_schedule(optimizer, cfg.schedule, cfg.optimizer, cfg.train.steps)
@@ -266,7 +267,8 @@ def load_initial_weights(cfg: TrainingConfig, prepared: Prepared, chunks: list) 
         return
     if cfg.model.weights == "random":
         weights = RandomWeights(prepared.arch, cfg.train.seed, cfg.model.init_std)
-        arch, layer_map = prepared.arch, LayerMap.parse("identity", prepared.arch.num_layers)
+        arch, depth = prepared.arch, prepared.arch.num_layers
+        layer_map = LayerMap(depth, tuple(range(depth)), modifiers=prepared.layer_map.modifiers)
     else:
         weights = HFDirectory(prepared.source.path).tensors
         arch, layer_map = prepared.base, prepared.layer_map

@@ -45,6 +45,7 @@ class Case:
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3, clip_grad=0.5)
     schedule: ScheduleConfig = ScheduleConfig(kind="cosine", warmup_steps=3)
     kernels: KernelConfig = field(default_factory=KernelConfig)
+    frozen: tuple[int, ...] = ()
 
     def on(self, tp: int = 1, pp: int = 1, **options: Any) -> "Case":
         return replace(self, parallel=ParallelConfig(tp=tp, pp=pp, **options))
@@ -99,13 +100,14 @@ def start(case: Case, source=None):
     from solar_mega.checkpoint.random_weights import RandomWeights
     from solar_mega.depth.layer_map import LayerMap
     from solar_mega.model.builder import build_model
-    from solar_mega.train.optimizer import build_optimizer, build_schedule, wrap
+    from solar_mega.train.optimizer import build_optimizer, build_schedule, freeze_layers, wrap
     from solar_mega.train.step import NEXT_TOKEN, Trainer
 
     arch, parallel = architecture(case.tied), case.parallel
     chunks = build_model(arch, parallel, case.precision, case.kernels, case.recompute, SEQUENCE)
     identity = LayerMap.parse("identity", arch.num_layers)
     load_weights(chunks, source or RandomWeights(arch, seed=7), arch, identity, parallel)
+    freeze_layers(chunks, case.frozen)
     wrapped = wrap(chunks, parallel)
     optimizer = build_optimizer(wrapped, case.optimizer, parallel, case.precision)
     schedule = build_schedule(optimizer, case.schedule, case.optimizer, case.steps)
