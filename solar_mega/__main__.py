@@ -34,6 +34,7 @@ VERBS = {
         "solar_mega.data.decontaminate:decontaminate",
         "training data without what the benchmarks ask",
     ),
+    "merge": ("solar_mega.merge.command:merge", "merge models: average, SLERP, task arithmetic, TIES, DARE"),
     "quickstart": ("solar_mega.quickstart.command:quickstart", "the parts of launch/quickstart.sh"),
     "tables": (
         "solar_mega.evaluate.paper_tables:tables",

@@ -1,4 +1,4 @@
-"""The README.md of a grown model."""
+"""The README.md of a model that was grown or merged."""
 
 from solar_mega import __version__
 from solar_mega.depth.layer_map import LayerMap
@@ -44,4 +44,42 @@ and the versions of everything involved.
 {next_step}
 Depth up-scaling: *SOLAR 10.7B: Scaling Large Language Models with Simple yet Effective Depth Up-Scaling*,
 [arXiv 2312.15166](https://arxiv.org/abs/2312.15166).
+"""
+
+
+def merge_card(
+    name: str,
+    method: str,
+    models: list[str],
+    architecture: str,
+    layers: int,
+    parameters: int,
+    recipe: str,
+) -> str:
+    """A Hugging Face model card for a merge.
+
+    Args:
+        models: names of the directories that went in.
+        recipe: what the merge was told, as text.
+    """
+    listed = "\n".join(f"- `{model}`" for model in models)
+    return f"""---
+library_name: transformers
+tags:
+- merge
+- solar_mega
+---
+
+# {name}
+
+`{architecture}` with {layers} layers and {parameters / 1e9:.2f} B parameters, merged by `{method}` from
+
+{listed}
+
+```json
+{recipe}
+```
+
+Arithmetic in fp32, one rounding at the end. Made by solar_mega {__version__}; `lineage.json` has the hashes
+of the models and the versions of everything involved.
 """

@@ -10,7 +10,8 @@ _HELP = """usage: solar-mega bench WHAT [OPTIONS]    solar-mega bench WHAT --hel
 
   kernels  our ops beside PyTorch's and installed peers', against the memory roofline
   dpo      time and peak memory of the DPO loss from hidden states: all logits at once, ours, and peers'
-  step     one training step, beside transformers and stock megatron-core"""
+  step     one training step, beside transformers and stock megatron-core
+  merge    merging two 7B models, beside cp and mergekit"""
 
 
 def bench(argv: Sequence[str]) -> int:
@@ -33,6 +34,10 @@ def bench(argv: Sequence[str]) -> int:
         from solar_mega.bench import dpo
 
         dpo.run(parse_options(dpo.DPOBench, words, "bench dpo"))
+    elif what == "merge":
+        from solar_mega.bench import merge
+
+        merge.run(parse_options(merge.MergeBench, words, "bench merge"))
     else:
-        raise UserError(f"bench {what}: unknown; allowed: kernels, dpo, step")
+        raise UserError(f"bench {what}: unknown; allowed: kernels, dpo, step, merge")
     return 0
