@@ -20,6 +20,10 @@ VERBS = {
     "verify": ("solar_mega.checkpoint.command:verify", "prove that DST is SRC through the map, bit for bit"),
     "inspect": ("solar_mega.checkpoint.command:inspect", "what a checkpoint or model directory holds"),
     "plan": ("solar_mega.plan.command:plan", "memory, communication, days and GPU-hours; needs no GPU"),
+    "probe": (
+        "solar_mega.evaluate.probe_command:probe",
+        "what growing by each layer map does to the loss, before writing a model",
+    ),
     "tokenize": ("solar_mega.data.command:tokenize", "jsonl, parquet or text -> Megatron .bin/.idx"),
     "tokenizer": ("solar_mega.data.command:tokenizer", "train a SentencePiece tokenizer on text"),
     "pretrain": ("solar_mega.train.command:pretrain", "(continued) pretraining, from a TOML file"),
@@ -41,6 +45,7 @@ VERBS = {
         "the paper's tables, published figures beside ours",
     ),
     "bench": ("solar_mega.bench.command:bench", "benchmarks beside peers: kernels, dpo, step"),
+    "bench": ("solar_mega.bench.command:bench", "benchmarks beside peers: kernels, dpo, step, merge"),
 }
 """Verb -> (`module:function`, one line of help). Imported when called: a verb costs nothing until it is used.
 The function takes the words after the verb and returns an exit code (None is 0)."""

@@ -136,7 +136,9 @@ def _angle(job: Job, stream: Stream) -> Angle:
         ab += torch.dot(a, b).item()
     length = math.sqrt(aa) * math.sqrt(bb)
     cosine = ab / length if length else 0.0
-    return Angle(job.name, cosine, job.shared["t"], not length or abs(cosine) > LERP_ABOVE)
+    # NaN weights count as parallel: they pass through, and are refused where they are stored.
+    apart = length and abs(cosine) <= LERP_ABOVE
+    return Angle(job.name, cosine, job.shared["t"], not apart)
 
 
 def slerp_coefficients(theta: float, t: float, lerp: bool) -> tuple[float, float]:

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from solar_mega.errors import Problems, UserError
-from solar_mega.merge.recipe import DEFAULTS, METHODS, Part, Recipe, Slice, check_recipe, required_parameter
+from solar_mega.merge.recipe import (
+    DEFAULTS,
+    METHODS,
+    NEEDS_BASE,
+    Part,
+    Recipe,
+    Slice,
+    check_recipe,
+    required_parameter,
+)
 from solar_mega.merge.settings import Setting, Settings, read_setting
 
 _TOP = {
@@ -99,7 +108,8 @@ def _check_tokenizer(source: Any, base: Path | None, problems: Problems) -> None
 class _Reader:
     def __init__(self, method: str, problems: Problems) -> None:
         self.method, self.problems = method, problems
-        self.allowed = {required_parameter(method), *DEFAULTS[method], "int8_mask"}
+        self.used = {required_parameter(method), *DEFAULTS[method]}
+        self.allowed = self.used | ({"density", "rescale", "int8_mask"} if method in NEEDS_BASE else set())
 
     def slices(self, content: Mapping[str, Any]) -> tuple[Slice, ...]:
         given = [key for key in ("models", "slices") if content.get(key)]
@@ -159,7 +169,7 @@ class _Reader:
         self.unknown(given, self.allowed, where)
         found = {}
         for name, value in given.items():
-            if name in self.allowed - {"int8_mask"}:  # int8_mask saves mergekit memory, and changes nothing
+            if name in self.used:  # the others mean nothing to the method, in mergekit too
                 try:
                     found[name] = read_setting(value, f"{where}.{name}")
                 except UserError as error:

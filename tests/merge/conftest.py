@@ -10,8 +10,10 @@ import torch
 VOCABULARY, HIDDEN = 2048, 96  # the embedding has more elements than one chunk
 
 
-def make_model(path: Path, seed: int, base: Path | None = None, shift: float = 0.02, **config) -> Path:
-    """A bf16 Llama of 4 layers in a few shards; with `base`, that model plus noise of size `shift`."""
+def make_model(
+    path: Path, seed: int, base: Path | None = None, shift: float = 0.02, dtype=torch.bfloat16, **config
+) -> Path:
+    """A Llama of 4 layers in a few shards; with `base`, that model plus noise of size `shift`."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     sizes = dict(
@@ -31,7 +33,7 @@ def make_model(path: Path, seed: int, base: Path | None = None, shift: float = 0
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * start)
-    model.to(torch.bfloat16).save_pretrained(path, max_shard_size="300KB")
+    model.to(dtype).save_pretrained(path, max_shard_size="300KB")
     tokens = {f"t{i}": i for i in range(VOCABULARY)}
     tokenizer = {"model": {"type": "BPE", "vocab": tokens, "merges": []}, "added_tokens": []}
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -47,6 +49,18 @@ def family(tmp_path_factory) -> dict[str, Path]:
         "base": base,
         "a": make_model(place / "a", 1, base),
         "b": make_model(place / "b", 2, base, shift=0.03),
+    }
+
+
+@pytest.fixture(scope="session")
+def wide_family(tmp_path_factory) -> dict[str, Path]:
+    """The same in fp32, where no two differences are equal."""
+    place = tmp_path_factory.mktemp("wide")
+    base = make_model(place / "base", 0, dtype=torch.float32)
+    return {
+        "base": base,
+        "a": make_model(place / "a", 1, base, dtype=torch.float32),
+        "b": make_model(place / "b", 2, base, shift=0.03, dtype=torch.float32),
     }
 
 

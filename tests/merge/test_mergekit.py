@@ -79,39 +79,39 @@ def ulp(x: torch.Tensor) -> torch.Tensor:
     return torch.exp2(torch.floor(torch.log2(x.double().abs().clamp_min(2**-126))) - 7)
 
 
-def assert_within_one_ulp(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+def assert_within_one_ulp(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], *models) -> None:
+    """Or, where two terms cancel and an ulp of what is left says nothing, within their own fp32 rounding."""
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         other = theirs[name]
         assert tensor.dtype == other.dtype == torch.bfloat16
         apart = (tensor.double() - other.double()).abs()
-        assert (apart <= torch.maximum(ulp(tensor), ulp(other))).all(), name
+        cancelled = 8 * 2**-24 * sum(model[name].abs() for model in models)
+        assert (apart <= torch.maximum(torch.maximum(ulp(tensor), ulp(other)), cancelled)).all(), name
 
 
 def errors(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
-    """Root mean square of the error in bf16 ulps, over all elements."""
-    squares = [((found[n].double() - exact[n]) / ulp(exact[n])).square().flatten() for n in exact]
+    """Root mean square of the error, over all elements."""
+    squares = [(found[n].double() - exact[n]).square().flatten() for n in exact]
     return torch.cat(squares).mean().sqrt().item()
 
 
 @needs_mergekit
 def test_average(family, tmp_path):
     ours, theirs = map(tensors, both(write(tmp_path, LINEAR, **family), tmp_path))
-    assert_within_one_ulp(ours, theirs)
     a, b = doubles(family["a"], family["b"])
+    assert_within_one_ulp(ours, theirs, a, b)
     exact = {name: (a[name] + b[name]) / 2 for name in a}
     assert errors(ours, exact) <= errors(theirs, exact)
-    assert errors(ours, exact) < 0.3, "uniform rounding errors have an RMS of 0.29 ulp"
 
 
 @needs_mergekit
 def test_slerp(family, tmp_path):
     ours, theirs = map(tensors, both(write(tmp_path, SLERP, **family), tmp_path))
-    assert_within_one_ulp(ours, theirs)
     a, b = doubles(family["a"], family["b"])
+    assert_within_one_ulp(ours, theirs, a, b)
     exact = {name: slerp(a[name], b[name], _t(name))[0] for name in a}
     assert errors(ours, exact) <= errors(theirs, exact) * 1.0001, "no worse; both round once"
-    assert errors(ours, exact) < 0.3
 
 
 def _t(name: str) -> float:
@@ -127,14 +127,12 @@ def _t(name: str) -> float:
 @pytest.mark.parametrize(
     "method, normalize", [("task_arithmetic", ""), ("ties", ""), ("ties", ", normalize: 0")]
 )
-def test_differences_from_a_base(family, tmp_path, method, normalize):
-    """In fp32, where both compute alike. Trimming may keep another of several equal entries."""
-    recipe = write(tmp_path, TASK, method=method, normalize=normalize, **family)
+def test_differences_from_a_base(wide_family, tmp_path, method, normalize):
+    """In fp32, where both compute alike."""
+    recipe = write(tmp_path, TASK, method=method, normalize=normalize, **wide_family)
     ours, theirs = map(tensors, both(recipe, tmp_path))
     for name, tensor in ours.items():
-        other = (tensor - theirs[name]).abs() > 1e-6
-        allowed = 0.02 if method == "ties" else 0.0
-        assert other.float().mean() <= allowed, (name, other.float().mean())
+        assert torch.allclose(tensor, theirs[name], rtol=0, atol=1e-6), name
 
 
 def test_everything_in_a_recipe_is_read(family, tmp_path):
