@@ -25,10 +25,7 @@ class MergeOptions(RunOptions):
 
 @dataclass(frozen=True)
 class MergekitOptions:
-    """Merge Hugging Face models as a mergekit YAML says."""
-
-    config: Path
-    """The YAML file: merge_method linear, slerp, task_arithmetic, ties, dare_linear or dare_ties."""
+    """Merge Hugging Face models as a mergekit YAML (--config FILE.yml) says."""
 
     out: Path
     """Directory to write; must not exist, or be empty."""
@@ -53,9 +50,10 @@ def merge(argv: Sequence[str]) -> int:
     """`solar-mega merge --out DIR ...`"""
     options: MergekitOptions | MergeOptions
     settings: MergekitOptions | MergeConfig
-    if _wants_yaml(argv):
-        options = settings = parse_options(MergekitOptions, argv, "merge")
-        recipe = _from_yaml(settings)
+    yaml, words = _take_yaml(argv)
+    if yaml is not None:
+        options = settings = parse_options(MergekitOptions, words, "merge")
+        recipe = _from_yaml(yaml, settings)
     else:
         options, settings = parse_run(MergeOptions, MergeConfig, argv, "merge")
         recipe = recipe_of(settings)
@@ -81,21 +79,25 @@ def merge(argv: Sequence[str]) -> int:
     return 0
 
 
-def _wants_yaml(argv: Sequence[str]) -> bool:
-    words = [word.partition("=") for word in argv]
-    for i, (flag, _, value) in enumerate(words):
-        if flag == "--config":
-            given = value or (argv[i + 1] if i + 1 < len(argv) else "")
-            return given.lower().endswith((".yml", ".yaml"))
-    return False
+def _take_yaml(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The YAML file that --config names, and the words without it; None where it names another kind of
+    file."""
+    words = list(argv)
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        end = i + 1 if equals else i + 2
+        given = value if equals else "".join(words[i + 1 : end])
+        if flag == "--config" and given.lower().endswith((".yml", ".yaml")):
+            return Path(given), words[:i] + words[end:]
+    return None, words
 
 
-def _from_yaml(options: MergekitOptions) -> Recipe:
+def _from_yaml(path: Path, options: MergekitOptions) -> Recipe:
     from solar_mega.artifact.cast import weight_dtype
     from solar_mega.merge.mergekit import read_mergekit
 
     dtype = weight_dtype(options.dtype) if options.dtype else None
-    return read_mergekit(options.config, options.seed, dtype)
+    return read_mergekit(path, options.seed, dtype)
 
 
 def _describe(plan: "MergePlan") -> str:
