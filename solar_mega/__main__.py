@@ -44,7 +44,6 @@ VERBS = {
         "solar_mega.evaluate.paper_tables:tables",
         "the paper's tables, published figures beside ours",
     ),
-    "bench": ("solar_mega.bench.command:bench", "benchmarks beside peers: kernels, dpo, step"),
     "bench": ("solar_mega.bench.command:bench", "benchmarks beside peers: kernels, dpo, step, merge"),
 }
 """Verb -> (`module:function`, one line of help). Imported when called: a verb costs nothing until it is used.
