@@ -1,5 +1,5 @@
-"""`solar-mega quickstart prepare|report`: the two steps of launch/quickstart.sh that are not verbs of their
-own."""
+"""`solar-mega quickstart prepare|report|lessons`: the steps of launch/quickstart.sh and of the tiny recipe
+that are not verbs of their own."""
 
 import shutil
 from collections.abc import Sequence
@@ -15,11 +15,12 @@ from solar_mega.runtime.console import human_bytes, say
 
 @dataclass(frozen=True)
 class QuickstartOptions:
-    """Parts of launch/quickstart.sh. `prepare` collects the standard library's source files as text, trains a
-    tokenizer on them and lays down the model's config. `report` compares the finished runs."""
+    """Parts of launch/quickstart.sh and launch/recipe.sh tiny. `prepare` collects the standard library's
+    source files as text, trains a tokenizer on them and lays down the model's config. `report` compares the
+    finished runs. `lessons` writes small self-made data sets for tuning and evaluation."""
 
     step: Positional[str]
-    """prepare or report."""
+    """prepare, report or lessons."""
 
     root: Path = Path("runs/quickstart")
     """Where the quickstart keeps everything."""
@@ -42,8 +43,14 @@ def quickstart(argv: Sequence[str]) -> None:
         from solar_mega.quickstart.report import write_report
 
         write_report(options.root, options.seconds)
+    elif options.step == "lessons":
+        from solar_mega.evaluate.tiny_tasks import write_tiny_tasks
+        from solar_mega.quickstart.lessons import write_lessons
+
+        for line in write_lessons(options.root / "lessons") + write_tiny_tasks(options.root / "tasks"):
+            say(line)
     else:
-        raise UserError(f"quickstart {options.step}: unknown step; allowed: prepare, report")
+        raise UserError(f"quickstart {options.step}: unknown step; allowed: prepare, report, lessons")
 
 
 def _prepare(options: QuickstartOptions) -> None:
