@@ -29,6 +29,8 @@ ONE_RANK = {
     "tp1, without distributed optimizer": PLAIN.on(**PLAIN_OPTIMIZER),
     "tied": replace(PLAIN, tied=True),
     "bf16": replace(PLAIN, precision="bf16"),
+    "qwen2": replace(PLAIN, family="Qwen2"),
+    "qwen3": replace(PLAIN, family="Qwen3"),
 }
 TWO_RANKS = {
     "tp2": PLAIN.on(2),
@@ -44,6 +46,11 @@ TWO_RANKS = {
     "tied, pp2 vpp2": replace(PLAIN.on(1, 2, vpp=2), tied=True),
     "bf16, tp2": replace(PLAIN.on(2), precision="bf16"),
     "bf16, pp2": replace(PLAIN.on(1, 2), precision="bf16"),
+    # Biases are split with their heads; the norms of queries and keys are whole on ranks with other heads.
+    "qwen2, tp2": replace(PLAIN.on(2), family="Qwen2"),
+    "qwen2, tp2 sp": replace(PLAIN.on(2, **SP), family="Qwen2"),
+    "qwen3, tp2": replace(PLAIN.on(2), family="Qwen3"),
+    "qwen3, tp2 sp": replace(PLAIN.on(2, **SP), family="Qwen3"),
 }
 FOUR_RANKS = {
     "tp2 pp2": PLAIN.on(2, 2),
@@ -82,7 +89,7 @@ def results():
 
 
 def _reference(name: str) -> str:
-    return next((word for word in ("tied", "bf16") if name.startswith(word)), "tp1")
+    return next((word for word in ("tied", "bf16", "qwen2", "qwen3") if name.startswith(word)), "tp1")
 
 
 def _deviations(result, reference):

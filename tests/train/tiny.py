@@ -46,6 +46,7 @@ class Case:
     schedule: ScheduleConfig = ScheduleConfig(kind="cosine", warmup_steps=3)
     kernels: KernelConfig = field(default_factory=KernelConfig)
     frozen: tuple[int, ...] = ()
+    family: str = "Llama"
 
     def on(self, tp: int = 1, pp: int = 1, **options: Any) -> "Case":
         return replace(self, parallel=ParallelConfig(tp=tp, pp=pp, **options))
@@ -103,7 +104,10 @@ def start(case: Case, source=None):
     from solar_mega.train.optimizer import build_optimizer, build_schedule, freeze_layers, wrap
     from solar_mega.train.step import NEXT_TOKEN, Trainer
 
-    arch, parallel = architecture(case.tied), case.parallel
+    parallel = case.parallel
+    arch = architecture(
+        case.tied, architectures=[f"{case.family}ForCausalLM"], model_type=case.family.lower()
+    )
     chunks = build_model(arch, parallel, case.precision, case.kernels, case.recompute, SEQUENCE)
     identity = LayerMap.parse("identity", arch.num_layers)
     load_weights(chunks, source or RandomWeights(arch, seed=7), arch, identity, parallel)
