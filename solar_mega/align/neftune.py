@@ -45,9 +45,9 @@ def noisy_embeddings(model: nn.Module, batch: dict[str, Any], alpha: float, seed
 
 def _noise(batch: dict[str, Any], hidden: int, alpha: float, seed: int, device: torch.device) -> Tensor:
     """[s, h] fp32."""
-    generator = torch.Generator().manual_seed(seed * 1_000_000_007 + batch["row"])
+    generator = torch.Generator(device).manual_seed(seed * 1_000_000_007 + batch["row"])
     bounds = batch["cu_seqlens"].tolist()
-    noise = torch.rand(bounds[-1], hidden, generator=generator) * 2 - 1
-    lengths = torch.tensor([end - begin for begin, end in pairwise(bounds)], dtype=torch.float32)
-    scale = alpha / (lengths * hidden).sqrt()
-    return (noise * scale.repeat_interleave(lengths.long())[:, None]).to(device)
+    noise = torch.rand(bounds[-1], hidden, generator=generator, device=device) * 2 - 1
+    lengths = torch.tensor([end - begin for begin, end in pairwise(bounds)])
+    scale = (alpha / (lengths * hidden).sqrt()).repeat_interleave(lengths)
+    return noise * scale.to(device)[:, None]

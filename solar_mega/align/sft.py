@@ -10,6 +10,7 @@ from pathlib import Path
 
 from solar_mega.align.best import BestExport
 from solar_mega.align.sft_tokenizer import check_same_vocabulary, write_tokenizer
+from solar_mega.checkpoint.run_state import read_run_state
 from solar_mega.checkpoint.source import open_source
 from solar_mega.config.sft import SFTConfig, check_sft
 from solar_mega.data.chat import ChatTemplate, load_template
@@ -17,6 +18,7 @@ from solar_mega.data.instruction_tokens import TokenizedSet, TokenOptions, token
 from solar_mega.data.instructions import specs_of
 from solar_mega.data.packing import PackedRows, RowFeed
 from solar_mega.data.tokenizer import Tokenizer, load_tokenizer
+from solar_mega.errors import UserError
 from solar_mega.runtime import parallel as ranks
 from solar_mega.runtime.console import say
 from solar_mega.train import stage as stages
@@ -79,7 +81,22 @@ def prepare(cfg: SFTConfig, world: int, cache: Path | None = None) -> tuple[SFTC
     data = read_data(cfg, cache)
     resolved = resolve(cfg, data.rows)
     check_sft(resolved, world)
-    return resolved, data, prepare_model(resolved, resolved.data.tokenizer)
+    prepared = prepare_model(resolved, resolved.data.tokenizer)
+    if prepared.resume_from is not None:
+        _check_same_data(prepared.resume_from, data, resolved)
+    return resolved, data, prepared
+
+
+def _check_same_data(checkpoint: Path, data: SFTData, cfg: SFTConfig) -> None:
+    """The rows a run has consumed are known by their number alone."""
+    recorded = read_run_state(checkpoint).lineage.get("data", {})
+    packed = recorded.get("packing", cfg.data.packing) == cfg.data.packing
+    if recorded.get("fingerprint", data.train.fingerprint) != data.train.fingerprint or not packed:
+        raise UserError(
+            f"cannot resume from {checkpoint}: it was trained on other rows. The data sets, data.template, "
+            "data.tokenizer, data.packing, data.overlong, train.seq_length and train.seed must be what they "
+            "were; set them back, or give the new run its own output.dir"
+        )
 
 
 def read_data(cfg: SFTConfig, cache: Path | None = None) -> SFTData:
@@ -135,6 +152,8 @@ def _stage(cfg: SFTConfig, prepared: Prepared, data: SFTData, side_files: Path) 
     lineage = {
         "data": {
             "train": list(cfg.data.train),
+            "fingerprint": data.train.fingerprint,
+            "packing": cfg.data.packing,
             "conversations": len(data.train),
             "tokens_per_pass": data.train.tokens,
             "template": cfg.data.template,

@@ -49,12 +49,15 @@ class TokenizedSet(Sequence[Encoded]):
     Attributes:
         lengths: tokens of each.
         report: what became of the rows, for the console.
+        fingerprint: hash of all that decides the tokens.
     """
 
-    def __init__(self, ids: np.ndarray, loss: np.ndarray, starts: np.ndarray, report: str) -> None:
+    def __init__(
+        self, ids: np.ndarray, loss: np.ndarray, starts: np.ndarray, report: str, fingerprint: str
+    ) -> None:
         self._ids, self._loss, self._starts = ids, loss, starts
         self.lengths = np.diff(starts).tolist()
-        self.report = report
+        self.report, self.fingerprint = report, fingerprint
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -80,12 +83,13 @@ def tokenized(
     Raises:
         UserError: nothing to read or nothing usable in a data set, or in strict mode any row at fault.
     """
-    place = Path(cache) / f"sft-{_key(specs, template, tokenizer, options)}"
+    key = _key(specs, template, tokenizer, options)
+    place = Path(cache) / f"sft-{key}"
     if not place.exists():
         with atomic_directory(place) as directory:
             _write(directory, specs, template, tokenizer, options)
     ids, loss, starts = (np.load(place / f"{name}.npy", mmap_mode="r") for name in ("ids", "loss", "starts"))
-    return TokenizedSet(ids, loss, starts, (place / "report.txt").read_text(encoding="utf-8"))
+    return TokenizedSet(ids, loss, starts, (place / "report.txt").read_text(encoding="utf-8"), key)
 
 
 def _write(

@@ -124,7 +124,7 @@ def test_the_exported_tokenizer_gives_the_training_tokens(learned, inputs) -> No
     assert model.generate(ids, max_new_tokens=4).shape[0] == 1
 
 
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened(inputs, tmp_path) -> None:
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(inputs, tmp_path, capsys) -> None:
     """Noise on the embeddings included."""
     noisy = ("--data.neftune_alpha", "5")
     run(inputs.words(tmp_path / "whole", *noisy))
@@ -132,6 +132,8 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(inputs, tmp_path) -> N
     said = run(inputs.words(tmp_path / "halves", *noisy))
     assert "at step 3" in said
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    changed = inputs.words(tmp_path / "halves", "--train.steps", "7", "--data.template", "solar")
+    assert "it was trained on other rows" in refused(changed, capsys)
     run(inputs.words(tmp_path / "quiet"))
     assert losses(tmp_path / "quiet")[0] != losses(tmp_path / "whole")[0]
     assert validations(tmp_path / "quiet")[0] == validations(tmp_path / "whole")[0]
