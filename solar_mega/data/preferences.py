@@ -13,7 +13,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,11 @@ class PairReport:
         shown = self.examples.setdefault(reason, [])
         if len(shown) < _EXAMPLES:
             shown.append(f"{where}: {detail}" if detail else where)
+
+    @property
+    def faults(self) -> int:
+        """Rows that are no pairs, those left out by choice not counted."""
+        return sum(count for reason, count in self.dropped.items() if reason not in FILTERS)
 
     def describe(self) -> str:
         """A few lines for the console."""
@@ -333,10 +338,3 @@ def _prompt_of(line: str) -> str | None:
         return None
     text = record.get("prompt", record.get("question")) if isinstance(record, dict) else None
     return text if isinstance(text, str) else None
-
-
-def mixed(parts: Sequence[Sequence[Any]], seed: int) -> Iterator[Any]:
-    """All pairs of all data sets in one shuffled order, the same for the same seed."""
-    everything = [item for part in parts for item in part]
-    random.Random(f"order {seed}").shuffle(everything)
-    return iter(everything)

@@ -121,7 +121,20 @@ def _from_file(source: Source) -> Iterator[Row | BadRecord]:
             head = stream.read(4096).removeprefix(BOM).lstrip()
     except UNPACKING_ERRORS as error:
         raise UserError(f"{source.path}: cannot be read: {error}") from None
-    return _from_array(source) if head.startswith(b"[") else _from_lines(source)
+    if head.startswith(b"["):
+        return _from_array(source)
+    if source.path.suffix == ".json" and (record := _whole_object(source)) is not None:
+        return iter([_checked(record, source.path, 0, "row")])
+    return _from_lines(source)
+
+
+def _whole_object(source: Source) -> Any | None:
+    """The file as one JSON value, as MATH has a file per problem; None where it has several."""
+    with open_source(source) as stream:
+        try:
+            return json.loads(stream.read().removeprefix(BOM).decode("utf-8"))
+        except (ValueError, RecursionError):
+            return None
 
 
 def _from_array(source: Source) -> Iterator[Row | BadRecord]:

@@ -91,3 +91,9 @@ def test_nothing_there(tmp_path):
     (tmp_path / "broken.json").write_text("[1,")
     with pytest.raises(UserError, match="not a JSON array"):
         values(tmp_path / "broken.json")
+
+
+def test_a_file_per_record(tmp_path):
+    for number, record in enumerate(RECORDS):
+        (tmp_path / f"{number}.json").write_text(json.dumps(record, indent=4))
+    assert values(tmp_path) == RECORDS
