@@ -28,6 +28,7 @@ VERBS = {
     "tokenizer": ("solar_mega.data.command:tokenizer", "train a SentencePiece tokenizer on text"),
     "pretrain": ("solar_mega.train.command:pretrain", "(continued) pretraining, from a TOML file"),
     "sft": ("solar_mega.align.sft_command:sft", "instruction tuning on conversations, from a TOML file"),
+    "dpo": ("solar_mega.align.dpo_command:dpo", "preference optimisation: a DPO step or an sDPO ladder"),
     "evaluate": ("solar_mega.evaluate.command:evaluate", "H6 and other tasks, perplexity, side by side"),
     "contamination": (
         "solar_mega.evaluate.contamination_command:contamination",

@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +42,9 @@ class PreparedDPO:
     template: ChatTemplate
 
 
-def dpo(cfg: DPOConfig) -> Outcome:
-    """One DPO step as `cfg` says, on `data.train`; every rank of the world calls this.
+def dpo(cfg: DPOConfig, lineage: Mapping[str, Any] | None = None) -> Outcome:
+    """One DPO step as `cfg` says, on `data.train`; every rank of the world calls this. `lineage` is added to
+    the result's.
 
     Raises UserError for bad input, before any work; when the first loss is not that of a policy equal to its
     reference; and when the loss is no longer finite.
@@ -56,7 +57,7 @@ def dpo(cfg: DPOConfig) -> Outcome:
             cfg = with_steps(cfg, len(data.train))
             check_dpo(cfg, ranks.world_size())
             prepared = replace(prepared, model=prepare_model(cfg, cfg.data.tokenizer))
-        return _train(cfg, prepared, data)
+        return _train(cfg, prepared, data, dict(lineage or {}))
 
 
 def prepare(cfg: DPOConfig, world: int) -> PreparedDPO:
@@ -91,7 +92,23 @@ def with_steps(cfg: DPOConfig, pairs: int) -> DPOConfig:
     )
 
 
-def _train(cfg: DPOConfig, prepared: PreparedDPO, data: PairData) -> Outcome:
+def reference_accuracy(cfg: DPOConfig) -> float:
+    """Share of the pairs of `data.train` whose chosen response the model finds likelier than the rejected one
+    (sDPO's reward accuracy of a reference). Its log-probs stay in the cache. Every rank calls this."""
+    prepared = prepare_together(lambda world: prepare(cfg, world), lambda seen: None)
+    with ranks.running(cfg.parallel, cfg.train.seed, cfg.train.threads):
+        from solar_mega.model.builder import build_for_training
+        from solar_mega.train.stage import load_initial_weights
+
+        reference = _Reference(cfg, prepared, read_together(cfg, prepared))
+        chunks = build_for_training(prepared.model.arch, cfg.parallel, cfg.train, cfg.kernels)
+        load_initial_weights(cfg, prepared.model, chunks)
+        reference.compute(chunks)
+    chosen, rejected = reference.train.T
+    return float((chosen > rejected).mean())
+
+
+def _train(cfg: DPOConfig, prepared: PreparedDPO, data: PairData, lineage: dict[str, Any]) -> Outcome:
     from solar_mega.align.objective import dpo_objective
 
     reference = _Reference(cfg, prepared, data)
@@ -99,7 +116,7 @@ def _train(cfg: DPOConfig, prepared: PreparedDPO, data: PairData) -> Outcome:
         "dpo",
         dpo_objective(cfg.loss),
         feed=lambda running: _feed(cfg, data, reference, running),
-        lineage={"data_hash": data.train.fingerprint, "template": cfg.data.template},
+        lineage={"data_hash": data.train.fingerprint, "template": cfg.data.template, **lineage},
         with_initial_weights=reference.compute,
         tokens_per_sample=data.train.tokens_per_pair,
     )
@@ -210,3 +227,16 @@ def _check_start(cfg: DPOConfig, loader: "Loader", numbers: Sequence[int], runni
             f"log-probs in {cache_directory(cfg)} are not this model's. Delete that directory; if it happens "
             "again, the forward pass does not repeat itself"
         )
+
+
+def describe_run(cfg: DPOConfig) -> str:
+    """What a run would do, for `--dry-run`: reads and tokenises the pairs, starts nothing."""
+    from solar_mega.train.stage import describe
+
+    world = cfg.parallel.tp * cfg.parallel.pp * (cfg.parallel.dp or 1)
+    prepared = prepare(cfg, world)
+    data = read_data(cfg, prepared.template, prepared.model.tokenizer)
+    cfg = with_steps(cfg, len(data.train))
+    check_dpo(cfg, world)
+    held_out = [] if data.valid is None else ["held out", data.valid.report]
+    return "\n".join([data.train.report, *held_out, describe(cfg, prepared.model, cfg.parallel.dp or 1)])

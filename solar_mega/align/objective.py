@@ -1,16 +1,20 @@
 """DPO as an objective of the shared trainer: packed rows -> sums over pairs.
 
-    loss = 1/pairs Σ variant(Σ_t log π - log π_ref of chosen, of rejected)        ops.dpo_loss has the variants
+    loss = 1/pairs Σ variant(Σ_t log π - log π_ref of chosen, of rejected)         variants: ops.dpo_loss
 
 What counts are pairs, so the mean over the global batch is exact however it was cut. Log-probs come from
 `LossHead`, which never holds all logits.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from solar_mega.config.dpo import LossConfig
+from solar_mega.model.head import Weighing
 from solar_mega.ops.dpo_loss import DPOLoss, dpo_loss, dpo_loss_reference
+from solar_mega.ops.linear_dpo_loss import dpo_token_weights
 from solar_mega.train.step import Batch, Objective, Reduced, packing_of
 
 STATISTICS = (
@@ -43,19 +47,46 @@ STATISTICS = (
 def dpo_objective(loss: LossConfig) -> Objective:
     """The objective of a DPO run."""
     return Objective(
-        packed_losses,
+        lambda chunk, batch: packed_losses(chunk, batch, loss),
         lambda output, batch: reduce_pairs(output, batch, loss),
         STATISTICS,
         shown=("rewards/accuracies", "rewards/margins"),
     )
 
 
-def packed_losses(chunk: nn.Module, batch: Batch) -> Tensor:
-    """A row through the model: -log-probs [1, s] on the last stage, prompt and padding included."""
-    # Without loss mask: the head is promised nothing about how the log-probs will be weighted, as DPO's
-    # weights are known only when all tokens of a pair are.
-    inputs = (batch["tokens"], batch["position_ids"], None)
-    return chunk(*inputs, labels=batch["labels"], packed_seq_params=packing_of(batch))
+def packed_losses(chunk: nn.Module, batch: Batch, loss: LossConfig | None = None) -> Tensor:
+    """A row through the model: -log-probs [1, s] on the last stage, 0 where nothing counts.
+
+    With `loss` the head is told how pairs will be weighted, and makes its gradients pair by pair in its
+    forward; the caller then promises to take `reduce_pairs` of the same.
+    """
+    weights = None
+    if loss is not None and batch["pairs"] and torch.is_grad_enabled():
+        weights = dpo_token_weights(
+            batch["cu_seqlens"][: 2 * batch["pairs"] + 1].tolist(),
+            batch["tokens"].numel(),
+            mask=batch["loss_mask"].flatten() != 0,
+            **_options(batch, loss),
+        )
+    return chunk(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        loss_mask=Weighing(batch["loss_mask"], weights),
+        packed_seq_params=packing_of(batch),
+    )
+
+
+def _options(batch: Batch, loss: LossConfig) -> dict[str, Any]:
+    return dict(
+        reference_logps=None if loss.reference_free else batch["reference"],
+        variant=loss.variant,
+        beta=loss.beta,
+        label_smoothing=loss.label_smoothing,
+        rpo_alpha=batch["rpo_weight"],
+        rpo_mean=loss.rpo_mean,
+    )
 
 
 def loss_offsets(batch: Batch, device: torch.device) -> Tensor:
@@ -69,12 +100,7 @@ def pair_loss(output: Tensor, batch: Batch, loss: LossConfig) -> DPOLoss:
         -output.flatten(),
         loss_offsets(batch, output.device),
         mask=batch["loss_mask"].flatten() != 0,
-        reference_logps=None if loss.reference_free else batch["reference"],
-        variant=loss.variant,
-        beta=loss.beta,
-        label_smoothing=loss.label_smoothing,
-        rpo_alpha=batch["rpo_weight"],
-        rpo_mean=loss.rpo_mean,
+        **_options(batch, loss),
     )
 
 

@@ -20,11 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solar_mega.data.packing import pack
+from solar_mega.data.packing import pack, packed_batch, places
 from solar_mega.data.preference_tokens import TokenPair
 
 Row = list[int]
 """Numbers of the pairs in it."""
+
+
+def places_of(pair: TokenPair) -> int:
+    """What a pair takes of a row: the last token of each response is only ever a label."""
+    return places(len(pair.chosen)) + places(len(pair.rejected))
 
 
 def collate(
@@ -38,35 +43,13 @@ def collate(
     reference: [pairs, 2] fp64, the reference model's summed log-probs of chosen and rejected.
     rpo_weight: of the chosen responses' negative log-likelihood in this row.
 
-    Returns tokens, labels, position_ids [1, length] int64, loss_mask [1, length] fp32 (position t counts when
-    its label, token t + 1, is a response's), cu_seqlens [2 P + 1, or 2 P + 2 with padding] int32, reference
-    [2 P] fp64, and the numbers pairs and rpo_weight.
+    Returns the batch that `packed_batch` makes, with cu_seqlens [2 P + 1, or 2 P + 2 with padding], and
+    reference [2 P] fp64, and the numbers pairs and rpo_weight.
     """
-    tokens, labels = np.zeros(length, np.int64), np.zeros(length, np.int64)
-    positions, mask, ends, at = np.zeros(length, np.int64), np.zeros(length, np.float32), [0], 0
-    for pair in pairs:
-        for response in (pair.chosen, pair.rejected):
-            n = len(response)
-            tokens[at : at + n] = response.ids
-            labels[at : at + n - 1] = response.ids[1:]
-            mask[at : at + n - 1] = response.loss[1:]
-            positions[at : at + n] = np.arange(n)
-            at += n
-            ends.append(at)
-    if at < length:
-        positions[at:] = np.arange(length - at)
-        ends.append(length)
-    batch = {"tokens": tokens, "labels": labels, "position_ids": positions, "loss_mask": mask}
-    rows: dict[str, Any] = {name: torch.from_numpy(value)[None] for name, value in batch.items()}
-    rows["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32)
-    rows["reference"] = torch.from_numpy(_flat(reference, len(pairs)))
-    return {**rows, "pairs": len(pairs), "rpo_weight": rpo_weight}
-
-
-def _flat(reference: np.ndarray | None, pairs: int) -> np.ndarray:
-    if reference is None:
-        return np.zeros(2 * pairs)
-    return np.ascontiguousarray(reference, np.float64).reshape(-1)
+    responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
+    known = np.zeros(2 * len(pairs)) if reference is None else np.array(reference, np.float64).reshape(-1)
+    batch = packed_batch(responses, length, pad_id=0)
+    return {**batch, "reference": torch.from_numpy(known), "pairs": len(pairs), "rpo_weight": rpo_weight}
 
 
 @dataclass(frozen=True)
@@ -85,7 +68,7 @@ class RowPlan:
         """All rows of these pairs, of every rank, fillers left out."""
         if not self.packing:
             return [[number] for number in numbers]
-        lengths = [len(pairs[number]) for number in numbers]
+        lengths = [places_of(pairs[number]) for number in numbers]
         return [[numbers[i] for i in row] for row in pack(lengths, self.length)]
 
     def per_rank(self, rows: Sequence[Row]) -> int:

@@ -1,9 +1,9 @@
 """The reference model's log-probs: one forward-only pass of the run's own model, before it learns anything.
 
-The policy begins as the reference, so its initial weights, on the run's own TP x PP x DP, are all it takes; no
-second model is ever in memory. The sums per response are kept on disk under a key of everything they depend
-on, in pieces of a few hundred pairs: a run that is killed goes on where the pass was, another run with the
-same model and data does not need the pass at all.
+The policy begins as the reference, so its initial weights, on the run's own TP x PP x DP, are all it takes;
+no second model is ever in memory. The sums per response are kept on disk under a key of everything they
+depend on, in pieces of a few hundred pairs: a run that is killed goes on where the pass was, another run with
+the same model and data does not need the pass at all.
 
     <cache>/<key>/key.json            what the key was made of
     <cache>/<key>/00000512.npy        fp64 [pairs, 2]: summed log-probs of chosen and rejected, from pair 512
@@ -44,8 +44,8 @@ class ReferenceKey:
     template: str
     precision: str
     numerics: str
-    """Layout and row length where they move the result: bf16 rounds what each of them sums in another order by
-    more than the first step's loss may differ from ln 2. Empty in fp32."""
+    """Layout and row length where they move the result: bf16 rounds what each of them sums in another order
+    by more than the first step's loss may differ from ln 2. Empty in fp32."""
 
     @property
     def name(self) -> str:

@@ -1,8 +1,8 @@
-"""Text from a language model, whichever is at hand: an OpenAI-compatible endpoint, a local transformers model,
-vLLM, or a file of recorded answers.
+"""Text from a language model, whichever is at hand: an OpenAI-compatible endpoint, a local transformers
+model, vLLM, or a file of recorded answers.
 
-A generator takes requests and gives back completions as they are done, in any order; failures too, so that one
-bad request does not end a night's work.
+A generator takes requests and gives back completions as they are done, in any order; failures too, so that
+one bad request does not end a night's work.
 """
 
 import json
@@ -53,6 +53,10 @@ class Sampling:
     max_tokens: int = 1024
     seed: int = 1234
 
+    @property
+    def name(self) -> str:
+        return f"t{self.temperature} max{self.max_tokens} seed{self.seed}"
+
 
 # --------------------------------------------------------------------------- OpenAI-compatible endpoints
 
@@ -95,7 +99,7 @@ class EndpointGenerator:
     ) -> None:
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.model, self.sampling = model, sampling
-        self.name = f"endpoint {model} t{sampling.temperature} max{sampling.max_tokens} seed{sampling.seed}"
+        self.name = f"endpoint {model} {sampling.name}"
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -256,7 +260,7 @@ class VllmGenerator:
                 "--backend vllm needs the package vllm (a GPU machine): pip install vllm; or serve the model "
                 "elsewhere and use --backend openai --base-url"
             ) from None
-        self.name = f"vllm {model} t{sampling.temperature} max{sampling.max_tokens} seed{sampling.seed}"
+        self.name = f"vllm {model} {sampling.name}"
         self.sampling, self._parameters = sampling, SamplingParams
         self.model = LLM(model=model, tensor_parallel_size=tensor_parallel, seed=sampling.seed)
 
@@ -273,10 +277,10 @@ class VllmGenerator:
         for request, answer in zip(requests, self.model.chat(chats, parameters), strict=True):
             output = answer.outputs[0]
             tokens = len(answer.prompt_token_ids), len(output.token_ids)
-            cut = output.finish_reason == "length"
-            yield Completion(
-                request, "" if cut else output.text, *tokens, "cut off at --max-tokens" if cut else None
-            )
+            if output.finish_reason == "length":
+                yield Completion(request, "", *tokens, error="cut off at --max-tokens")
+            else:
+                yield Completion(request, output.text, *tokens)
 
 
 # ------------------------------------------------------------------------------------------------ replay

@@ -1,8 +1,8 @@
 r"""Final answers of worked solutions, and whether two of them say the same.
 
 MATH (Hendrycks et al., arXiv 2103.03874) puts the answer into the last `\boxed{}`. Spelling differs between
-solutions (`\frac12`, `\dfrac{1}{2}`, `0.5`), so what is not equal as text is compared by value, with math-verify
-(sympy behind a LaTeX grammar; the `math` extra).
+solutions (`\frac12`, `\dfrac{1}{2}`, `0.5`), so what is not equal as text is compared by value, with
+math-verify (sympy behind a LaTeX grammar; the `math` extra).
 """
 
 import re
@@ -69,7 +69,7 @@ def same_answer(first: str, second: str) -> bool:
     if a == b:
         return True
     parse, verify = _library()
-    # Towers of powers can keep sympy busy for ever. The limit is an alarm signal, which only a main thread has.
+    # Towers of powers can keep sympy busy for ever. The limit is an alarm, which only a main thread has.
     limit = _SECONDS if threading.current_thread() is threading.main_thread() else None
     try:
         gold, other = (parse(f"${text}$", parsing_timeout=limit) for text in (a, b))

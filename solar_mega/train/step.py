@@ -164,7 +164,7 @@ class Trainer:
         return _global_means(reports, self.objective.statistics)
 
     def _forward(self, batches: Iterator[Batch], chunk: torch.nn.Module):
-        batch = _on_device(next(batches))
+        batch = on_device(next(batches))
         output = self.objective.forward(chunk, batch)
 
         def reduce(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -175,7 +175,7 @@ class Trainer:
         return output, reduce
 
 
-def _on_device(batch: Batch) -> Batch:
+def on_device(batch: Batch) -> Batch:
     device = ranks.device()
     if device.type == "cpu":
         return batch

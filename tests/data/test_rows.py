@@ -69,9 +69,7 @@ def test_unusable_records_say_where_they_are(tmp_path):
 
 
 def test_specs():
-    spec = parse_spec(
-        'plain "my files/a.jsonl" samples=12 rows=5: split=train_prefs', "data.train", ["plain"]
-    )
+    spec = parse_spec('plain "my files/a.jsonl" samples=12 rows=5: split=prefs', "data.train", ["plain"])
     assert spec == DatasetSpec("plain", "my files/a.jsonl", 12, (5, None), "prefs")
     for text in (
         "plain",
