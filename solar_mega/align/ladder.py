@@ -70,6 +70,8 @@ def climb(cfg: DPOConfig) -> Outcome:
 def check_ladder(cfg: DPOConfig) -> None:
     """What only a ladder asks of its configuration. Raises UserError listing all of it."""
     problems = Problems()
+    if cfg.data.train:
+        problems.add("data.train and ladder.chunks: give one of them; given: both")
     if not cfg.output.export_hf:
         problems.add("output.export_hf = false: each rung starts from the exported model of the one before")
     if len(set(cfg.ladder.chunks)) < len(cfg.ladder.chunks):

@@ -42,3 +42,6 @@ def write_jsonl(tmp_path):
         return path
 
     return write
+
+
+from tests.align.conftest import pair_inputs  # noqa: E402, F401 (a fixture)
