@@ -98,7 +98,7 @@ def test_other_chunks_are_another_ladder(ladder, pair_inputs, capsys):
 
 
 def test_easy_to_hard_is_by_the_references_accuracy(pair_inputs, tmp_path):
-    """One chunk with its preferences the other way round: the order follows from the first reference alone."""
+    """One chunk has its preferences the other way round: the order follows from the first reference alone."""
     flipped = tmp_path / "flipped.jsonl"
     pairs = [json.loads(line) for line in pair_inputs.first.read_text().splitlines()]
     turned = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
