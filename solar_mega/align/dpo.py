@@ -16,6 +16,7 @@ import numpy as np
 
 from solar_mega.align.pairs import PairData, PairSet, read_data, specs_of
 from solar_mega.align.reference import ReferenceCache, ReferenceKey, reference_logps
+from solar_mega.align.sft_tokenizer import check_same_vocabulary, write_tokenizer
 from solar_mega.artifact.lineage import directory_hash
 from solar_mega.config.dpo import DPOConfig, check_dpo
 from solar_mega.data.chat import ChatTemplate, load_template
@@ -57,7 +58,12 @@ def dpo(cfg: DPOConfig, lineage: Mapping[str, Any] | None = None) -> Outcome:
             cfg = with_steps(cfg, len(data.train))
             check_dpo(cfg, ranks.world_size())
             prepared = replace(prepared, model=prepare_model(cfg, cfg.data.tokenizer))
-        return _train(cfg, prepared, data, dict(lineage or {}))
+            side_files = cfg.output.dir / "tokenizer"
+            if ranks.is_main():
+                model = prepared.model
+                given = cfg.data.tokenizer
+                write_tokenizer(side_files, model.source, given, prepared.template, model.tokenizer)
+        return _train(cfg, prepared, data, side_files, dict(lineage or {}))
 
 
 def prepare(cfg: DPOConfig, world: int) -> PreparedDPO:
@@ -66,6 +72,8 @@ def prepare(cfg: DPOConfig, world: int) -> PreparedDPO:
     check_dpo(provisional, world)
     specs_of(cfg)
     model = prepare_model(provisional, cfg.data.tokenizer)
+    if cfg.data.tokenizer is not None:
+        check_same_vocabulary(model.tokenizer, model.source.side_files)
     return PreparedDPO(model, load_template(cfg.data.template, model.tokenizer))
 
 
@@ -108,7 +116,9 @@ def reference_accuracy(cfg: DPOConfig) -> float:
     return float((chosen > rejected).mean())
 
 
-def _train(cfg: DPOConfig, prepared: PreparedDPO, data: PairData, lineage: dict[str, Any]) -> Outcome:
+def _train(
+    cfg: DPOConfig, prepared: PreparedDPO, data: PairData, side_files: Path, lineage: dict[str, Any]
+) -> Outcome:
     from solar_mega.align.objective import dpo_objective
 
     reference = _Reference(cfg, prepared, data)
@@ -119,6 +129,7 @@ def _train(cfg: DPOConfig, prepared: PreparedDPO, data: PairData, lineage: dict[
         lineage={"data_hash": data.train.fingerprint, "template": cfg.data.template, **lineage},
         with_initial_weights=reference.compute,
         tokens_per_sample=data.train.tokens_per_pair,
+        side_files=side_files,
     )
     return run_stage(cfg, prepared.model, stage)
 
