@@ -39,6 +39,10 @@ VERBS = {
         "solar_mega.data.decontaminate:decontaminate",
         "training data without what the benchmarks ask",
     ),
+    "synthesize": (
+        "solar_mega.data.synthesize_command:synthesize",
+        "Synth. Math-Instruct and -Alignment from MATH's problems",
+    ),
     "merge": ("solar_mega.merge.command:merge", "merge models: average, SLERP, task arithmetic, TIES, DARE"),
     "quickstart": ("solar_mega.quickstart.command:quickstart", "the parts of launch/quickstart.sh"),
     "tables": (
