@@ -9,7 +9,8 @@ Only MATH is used as seed, as in the paper, so that nothing derives from GSM8K. 
 2309.12284) has three more ways, here as options: another answer to the same question, and two that turn the
 question round (FOBAR, self-verification): a number is hidden and asked for, the answer given.
 
-Every completion is kept in `completions.jsonl` as soon as it is there; work that was interrupted goes on.
+Every completion is kept in `completions.jsonl` as soon as it is there, so that work which was
+interrupted goes on.
 """
 
 import hashlib
@@ -33,8 +34,8 @@ Kind = Literal["rephrased", "answer_augmentation", "fobar", "self_verification"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 INSTRUCT, ALIGNMENT, REPORT, CACHE = (
-    "math_instruct.jsonl",
-    "math_alignment.jsonl",
+    "instruct.jsonl",
+    "alignment.jsonl",
     "report.json",
     "completions.jsonl",
 )
@@ -294,13 +295,12 @@ def answer(tasks: Sequence[Task], completions: Completions, report: Report) -> l
 
 
 def _row(task: Task, text: str, given: str) -> dict[str, Any]:
-    """Alpaca's fields, so that any trainer takes it, and where it comes from."""
+    """{prompt, response}, and where they come from."""
     return {
         "id": task.id,
         "type": f"MATH_{task.kind}",
-        "instruction": task.question,
-        "input": "",
-        "output": text,
+        "prompt": task.question,
+        "response": text,
         "answer": given,
         "original_id": task.seed.id,
         "original_question": task.seed.question,
@@ -313,8 +313,8 @@ def alignment(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "id": row["id"],
-            "prompt": row["instruction"],
-            "chosen": row["output"],
+            "prompt": row["prompt"],
+            "chosen": row["response"],
             "rejected": row["original_answer"],
             "original_id": row["original_id"],
             "source": "synth_math",

@@ -27,8 +27,8 @@ from solar_mega.runtime.console import human_count, say
 
 @dataclass(frozen=True)
 class SynthesizeOptions:
-    """New mathematics from MATH's problems (paper, section 3.2): OUTPUT/math_instruct.jsonl for instruction
-    tuning and OUTPUT/math_alignment.jsonl for DPO. Interrupted work goes on where it was."""
+    """New mathematics from MATH's problems (paper, section 3.2): instruct.jsonl for instruction
+    tuning and alignment.jsonl for DPO. Interrupted work goes on where it was."""
 
     seeds: Positional[str]
     """MATH: a file or directory of {problem, solution} (jsonl, json, parquet, a dataset directory)."""
@@ -80,8 +80,10 @@ class SynthesizeOptions:
     """Seconds to wait for an answer."""
 
     price_in: float = 0.0
+    """Per million tokens the model reads, for the report of costs."""
+
     price_out: float = 0.0
-    """Per million tokens, for the report of costs."""
+    """Per million tokens the model writes."""
 
 
 def synthesize(argv: Sequence[str]) -> None:

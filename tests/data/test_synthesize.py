@@ -107,21 +107,20 @@ def test_both_sets_are_made_of_right_answers_only(server, seeds, tmp_path, monke
     monkeypatch.setenv("TEST_KEY", "secret")
     out = tmp_path / "out"
     assert main(words(seeds, out, server.url, "--price-out", "1000000")) == 0
-    instruct, alignment = read(out / "math_instruct.jsonl"), read(out / "math_alignment.jsonl")
+    instruct, alignment = read(out / "instruct.jsonl"), read(out / "alignment.jsonl")
     assert [row["original_id"] for row in instruct] == ["math-0", "math-1"]
     assert instruct[0] == {
         "id": "math-0/rephrased/0",
         "type": "MATH_rephrased",
-        "instruction": "In other words, What are five apples and 4 more?",
-        "input": "",
-        "output": r"Together \boxed{9}.",
+        "prompt": "In other words, What are five apples and 4 more?",
+        "response": r"Together \boxed{9}.",
         "answer": "9",
         "original_id": "math-0",
         "original_question": SEEDS[0]["problem"],
         "original_answer": SEEDS[0]["solution"],
     }
     assert instruct[1]["answer"] == "0.5"  # equal to 1/2 in value
-    pair = {"prompt": instruct[0]["instruction"], "chosen": instruct[0]["output"]}
+    pair = {"prompt": instruct[0]["prompt"], "chosen": instruct[0]["response"]}
     assert alignment[0].items() >= {**pair, "rejected": SEEDS[0]["solution"]}.items()
     report = json.loads((out / "report.json").read_text())
     assert report["dropped"] == {"seed: no boxed answer": 1, "rephrased: another answer than the seed's": 1}
@@ -135,13 +134,13 @@ def test_both_sets_are_made_of_right_answers_only(server, seeds, tmp_path, monke
 def test_work_goes_on_where_it_was(server, seeds, tmp_path):
     out = tmp_path / "out"
     assert main(words(seeds, out, server.url)) == 0
-    first, calls = (out / "math_instruct.jsonl").read_text(), sum(server.calls.values())
+    first, calls = (out / "instruct.jsonl").read_text(), sum(server.calls.values())
     lines = (out / "completions.jsonl").read_bytes().splitlines(keepends=True)
     (out / "completions.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # killed while writing
-    (out / "math_instruct.jsonl").unlink()
+    (out / "instruct.jsonl").unlink()
     assert main(words(seeds, out, server.url)) == 0
     assert sum(server.calls.values()) == calls + 1
-    assert (out / "math_instruct.jsonl").read_text() == first
+    assert (out / "instruct.jsonl").read_text() == first
     assert main(words(seeds, out, server.url, "--temperature", "0.1", "--limit", "1")) == 0
     assert sum(server.calls.values()) == calls + 3  # other settings are other answers
 
@@ -150,14 +149,12 @@ def test_the_other_ways_to_a_question(server, seeds, tmp_path):
     kinds = ("--kinds", "answer_augmentation", "fobar", "self_verification", "--limit", "1")
     out = tmp_path / "out"
     assert main(words(seeds, out, server.url, *kinds)) == 0
-    rows = {row["type"]: row for row in read(out / "math_instruct.jsonl")}
-    assert rows["MATH_answer_augmentation"]["instruction"] == SEEDS[0]["problem"]
-    assert rows["MATH_self_verification"]["instruction"].startswith(
-        "There are five apples and X more, 9 in all."
-    )
+    rows = {row["type"]: row for row in read(out / "instruct.jsonl")}
+    assert rows["MATH_answer_augmentation"]["prompt"] == SEEDS[0]["problem"]
+    assert rows["MATH_self_verification"]["prompt"].startswith("There are five apples and X more, 9 in all.")
     for row in rows.values():
         assert row["original_id"] == "math-0"
-    assert read(out / "math_alignment.jsonl") == []
+    assert read(out / "alignment.jsonl") == []
 
 
 def test_a_wrong_key_ends_the_work_at_once(server, seeds, tmp_path, capsys):
@@ -187,8 +184,8 @@ def test_recorded_answers(seeds, tmp_path, capsys):
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     given = ["--backend", "replay", "--replay", str(file)]
     assert main(["synthesize", str(seeds), "--output", str(tmp_path / "out"), *given]) == 0
-    (row,) = read(tmp_path / "out" / "math_instruct.jsonl")
-    assert (row["instruction"], row["original_id"]) == (question, "math-1")
+    (row,) = read(tmp_path / "out" / "instruct.jsonl")
+    assert (row["prompt"], row["original_id"]) == (question, "math-1")
     assert "2 dropped: rephrase: not recorded" in capsys.readouterr().out
 
 
