@@ -10,6 +10,7 @@ _HELP = """usage: solar-mega bench WHAT [OPTIONS]    solar-mega bench WHAT --hel
 
   kernels  our ops beside PyTorch's and installed peers', against the memory roofline
   dpo      time and peak memory of the DPO loss from hidden states: all logits at once, ours, and peers'
+  dpo-step peak memory and time of a DPO step: cached reference, beside TRL with two models
   step     one training step, beside transformers and stock megatron-core
   merge    merging two 7B models, beside cp and mergekit"""
 
@@ -34,10 +35,14 @@ def bench(argv: Sequence[str]) -> int:
         from solar_mega.bench import dpo
 
         dpo.run(parse_options(dpo.DPOBench, words, "bench dpo"))
+    elif what == "dpo-step":
+        from solar_mega.bench import dpo_step
+
+        dpo_step.command(words)
     elif what == "merge":
         from solar_mega.bench import merge
 
         merge.run(parse_options(merge.MergeBench, words, "bench merge"))
     else:
-        raise UserError(f"bench {what}: unknown; allowed: kernels, dpo, step, merge")
+        raise UserError(f"bench {what}: unknown; allowed: kernels, dpo, dpo-step, step, merge")
     return 0
