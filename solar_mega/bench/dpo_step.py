@@ -1,9 +1,10 @@
 """`solar-mega bench dpo-step`: peak memory and time of a whole DPO step, beside TRL's with its second model.
 
-Same architecture, weights, tokens, optimizer (AdamW) and micro-batch on both sides, no recomputation on either.
-Ours holds one model and takes the reference's log-probs from the cache (whose forward-only pass is made in the
-same process first, and counts); TRL's DPOTrainer holds policy and reference. Each side runs in a process of
-its own, in turns, and reports the most memory it held above what it held before the model was built.
+Same architecture, weights, tokens, optimizer (AdamW) and micro-batch on both sides, no recomputation on
+either. Ours holds one model and takes the reference's log-probs from the cache (whose forward-only pass is
+made in the same process first, and counts); TRL's DPOTrainer holds policy and reference. Each side runs in a
+process of its own, in turns, and reports the most memory it held above what it held before the model was
+built.
 """
 
 import json
@@ -68,10 +69,8 @@ def run(options: DPOStepBench) -> dict[str, Any]:
 
 
 def _in_process(options: DPOStepBench, side: str) -> dict[str, Any]:
-    words = [
-        f"--{name.replace('_', '-')}={value}" for name, value in asdict(options).items() if name != "out"
-    ]
-    words = [word for word in words if not word.startswith(("--side", "--rounds"))] + [f"--side={side}"]
+    given = {name: value for name, value in asdict(options).items() if name not in ("out", "rounds")}
+    words = [f"--{name}={value}" for name, value in {**given, "side": side}.items()]
     call = [sys.executable, "-m", "solar_mega", "bench", "dpo-step", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     done = subprocess.run(call, capture_output=True, text=True, env=environment)
