@@ -18,6 +18,7 @@ from solar_mega.align.pairs import PairData, PairSet, read_data, specs_of
 from solar_mega.align.reference import ReferenceCache, ReferenceKey, reference_logps
 from solar_mega.align.sft_tokenizer import check_same_vocabulary, write_tokenizer
 from solar_mega.artifact.lineage import directory_hash
+from solar_mega.checkpoint.run_state import read_run_state
 from solar_mega.config.dpo import DPOConfig, check_dpo
 from solar_mega.data.chat import ChatTemplate, load_template
 from solar_mega.errors import UserError
@@ -58,6 +59,8 @@ def dpo(cfg: DPOConfig, lineage: Mapping[str, Any] | None = None) -> Outcome:
             cfg = with_steps(cfg, len(data.train))
             check_dpo(cfg, ranks.world_size())
             prepared = replace(prepared, model=prepare_model(cfg, cfg.data.tokenizer))
+            if prepared.model.resume_from is not None:
+                _check_same_pairs(prepared.model.resume_from, data.train)
             side_files = cfg.output.dir / "tokenizer"
             if ranks.is_main():
                 model = prepared.model
@@ -237,6 +240,17 @@ def _check_start(cfg: DPOConfig, loader: "Loader", numbers: Sequence[int], runni
             f"{expected:.6f} and 0 (within {LN2_TOLERANCE}), as policy and reference are the same model: the "
             f"log-probs in {cache_directory(cfg)} are not this model's. Delete that directory; if it happens "
             "again, the forward pass does not repeat itself"
+        )
+
+
+def _check_same_pairs(checkpoint: Path, pairs: PairSet) -> None:
+    """The pairs a run has consumed are known by their number alone."""
+    recorded = read_run_state(checkpoint).lineage.get("data_hash", pairs.fingerprint)
+    if recorded != pairs.fingerprint:
+        raise UserError(
+            f"cannot resume from {checkpoint}: it was trained on other pairs. The data sets, data.template, "
+            "data.tokenizer, data.max_length, data.max_prompt_length and what is left out must be what they "
+            "were; set them back, or give the new run its own output.dir"
         )
 
 

@@ -225,7 +225,7 @@ def _theirs(o: DPOStepBench) -> dict[str, Any]:
     try:
         import trl
     except ImportError:
-        raise UserError("bench dpo-step compares with TRL: pip install 'solar-mega[trl]'") from None
+        raise UserError("bench dpo-step compares with TRL: pip install 'solar-mega[parity]'") from None
     import torch
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -125,6 +125,12 @@ def test_a_resumed_run_is_the_same_run(runs, pair_inputs, tmp_path):
     assert files[0] == files[1]
 
 
+def test_a_run_is_not_resumed_on_other_pairs(runs, pair_inputs, capsys):
+    words = pair_inputs.step(runs / "unpacked", "--data.max_length", "40", "--data.max_prompt_length", "20")
+    assert main(words) == 2
+    assert "it was trained on other pairs" in capsys.readouterr().err
+
+
 # --- the reference cache
 
 

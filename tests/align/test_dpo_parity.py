@@ -122,7 +122,7 @@ def _theirs(pairs: list[TokenPair], loss: LossConfig, steps: int, model_dir, out
 
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory):
-    pytest.importorskip("trl", reason="needs trl (pip install 'solar-mega[trl]')")
+    pytest.importorskip("trl", reason="needs trl (pip install 'solar-mega[parity]')")
     from solar_mega.data.train_tokenizer import train_sentencepiece
 
     directory = tmp_path_factory.mktemp("tokenizer") / "tokenizer"

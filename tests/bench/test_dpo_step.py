@@ -28,7 +28,7 @@ TOY = [
 
 
 def test_both_sides_take_the_same_steps(tmp_path, capsys):
-    pytest.importorskip("trl", reason="needs trl (pip install 'solar-mega[trl]')")
+    pytest.importorskip("trl", reason="needs trl (pip install 'solar-mega[parity]')")
     out = tmp_path / "dpo-step.json"
     assert main(["bench", "dpo-step", *TOY, "--out", str(out)]) == 0
     report = json.loads(out.read_text())
