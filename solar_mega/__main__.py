@@ -19,6 +19,10 @@ VERBS = {
     ),
     "verify": ("solar_mega.checkpoint.command:verify", "prove that DST is SRC through the map, bit for bit"),
     "inspect": ("solar_mega.checkpoint.command:inspect", "what a checkpoint or model directory holds"),
+    "preflight": (
+        "solar_mega.runtime.preflight:preflight",
+        "do GPUs, collectives and the shared file system work? run by every rank",
+    ),
     "plan": ("solar_mega.plan.command:plan", "memory, communication, days and GPU-hours; needs no GPU"),
     "probe": (
         "solar_mega.evaluate.probe_command:probe",
@@ -122,8 +126,21 @@ def _quiet_megatron() -> None:
         warnings.filterwarnings("ignore", module=r"megatron\.")
 
 
+EXIT_FILE = "SOLAR_MEGA_EXIT_FILE"
+"""Environment variable naming a file for rank 0's exit code: torchrun turns every failure into 1."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script; returns the exit code: 0 done, 1 a verb's own "no" (verify found a difference),
+    """The console script; returns the exit code as `_main` does, and notes it in EXIT_FILE."""
+    code = _main(argv)
+    if EXIT_FILE in os.environ and os.environ.get("RANK", "0") == "0":
+        with open(os.environ[EXIT_FILE], "w") as file:
+            file.write(f"{code}\n")
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    """The exit code: 0 done, 1 a verb's own "no" (verify found a difference),
     2 the user's to mend, 75 stopped by a signal with everything saved, 130 interrupted."""
     _quiet_megatron()
     try:

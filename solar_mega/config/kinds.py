@@ -12,6 +12,10 @@ from solar_mega.errors import UserError
 KINDS = {
     "convert": "solar_mega.checkpoint.command:ConvertOptions",
     "pretrain": "solar_mega.config.schema:PretrainConfig",
+    "sft": "solar_mega.config.sft:SFTConfig",
+    "merge": "solar_mega.merge.recipe:MergeConfig",
+    "contamination": "solar_mega.evaluate.contamination_command:ContaminationOptions",
+    "evaluate": "solar_mega.evaluate.command:EvaluateOptions",
 }
 """Verb with `--config` -> the dataclass its file is read into, as `module:class`."""
 

@@ -61,6 +61,10 @@ def plan(argv: Sequence[str]) -> int:
     """`solar-mega plan --config x.toml --gpus N`; 1 when it does not fit."""
     options, cfg = _read(argv)
     arch = architecture_of(cfg)
+    if cfg.train.steps == 0:  # as many as the data takes, and the data is not read
+        if not options.json:
+            say("train.steps = 0: days and GPU-hours are those of a thousand steps\n")
+        cfg = replace(cfg, train=replace(cfg.train, steps=1000))
     parallel = cfg.parallel
     gpus = options.gpus or parallel.tp * parallel.pp * (parallel.dp or 1)
     cluster = _cluster(options, gpus)

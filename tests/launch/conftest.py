@@ -1,0 +1,1 @@
+from tests.train.conftest import inputs  # noqa: F401  (a fixture)
