@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from solar_mega import __version__
 from solar_mega.artifact.card import model_card
 from solar_mega.artifact.cast import cast_chunks, cast_dtype
 from solar_mega.artifact.hf import HFDirectory, grown_config, split_layer, write_config
@@ -22,7 +23,8 @@ from solar_mega.artifact.safetensors_format import DTYPES, tensor_bytes
 from solar_mega.artifact.safetensors_io import SHARD_BYTES, ShardedWriter, split_into_shards
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import UserError
-from solar_mega.runtime.files import atomic_directory, require_empty, require_space
+from solar_mega.runtime.files import require_empty, require_space, sync_file
+from solar_mega.runtime.partial import Partial, SideJobs, fingerprint, resumable_directory
 
 _SPARE = 16 << 20  # bytes of disk beyond the weights: headers, index, tokenizer, directories
 
@@ -140,7 +142,8 @@ def grow(
     progress: ProgressFactory = silent,
 ) -> GrowReport:
     """Writes `src` through `layer_map` as the directory `dst`: weights, config, tokenizer and side files,
-    lineage.json and a model card. `dst` appears only when complete; the source is only read.
+    lineage.json and a model card. `dst` appears only when complete; the source is only read. A run that was
+    killed is continued from its finished shards.
 
     Args: as `plan_growth`; `progress` is `runtime.console.Progress` or nothing.
 
@@ -159,16 +162,16 @@ def grow(
         # The parent's hash reads the same files; beside the copy it costs a core, not a second pass.
         content_hash = beside.submit(directory_hash, src.path, stop.is_set)
         try:
-            with atomic_directory(dst) as partial:
+            with resumable_directory(dst, _identity(plan, dtype)) as partial:
                 _move_tensors(plan, partial, progress)
-                src.copy_side_files(partial)
-                write_config(partial, plan.config)
+                src.copy_side_files(partial.path)
+                write_config(partial.path, plan.config)
                 name, base = dst.name, src.path.resolve().name
                 card = model_card(name, base, src.architecture, layer_map, plan.parameters)
-                (partial / "README.md").write_text(card, "utf-8")
+                (partial.path / "README.md").write_text(card, "utf-8")
                 made_by = f"convert --layer-map {layer_map.spelling}" + (f" --dtype {dtype}" if dtype else "")
                 parent = Parent.of(src.path, content_hash.result())
-                write_lineage(partial, made_by, [parent], layer_map)
+                write_lineage(partial.path, made_by, [parent], layer_map)
         finally:
             stop.set()
     seconds = time.monotonic() - started
@@ -177,20 +180,46 @@ def grow(
     )
 
 
-def _move_tensors(plan: GrowthPlan, directory: Path, progress: ProgressFactory) -> None:
+def _identity(plan: GrowthPlan, dtype: str | None) -> dict[str, Any]:
+    """What a killed run must have been making to be continued."""
+    return {
+        "route": "hf to hf",
+        "version": __version__,
+        "source": str(plan.source.path.resolve()),
+        "files": fingerprint(plan.source.path),
+        "layer_map": plan.layer_map.to_json(),
+        "dtype": dtype,
+        "shard_bytes": plan.shard_bytes,
+    }
+
+
+def _move_tensors(plan: GrowthPlan, partial: Partial, progress: ProgressFactory) -> None:
     reader = plan.source.tensors
+    done = partial.done()
+    partial.clean(keep=done.keys())
+
+    def to_disk(file: str) -> None:
+        sync_file(partial.path / file)
+        partial.finish(file)
+
     with (
-        ShardedWriter(directory, plan.shard_bytes) as writer,
-        progress(plan.nbytes, "bytes", "grow") as line,
+        SideJobs() as beside,  # a finished shard goes to the disk while the next one is filled
+        ShardedWriter(
+            partial.path, plan.shard_bytes, finished=lambda file: beside.submit(to_disk, file)
+        ) as writer,
     ):
         writer.plan([(move.name, move.dtype, move.shape) for move in plan.moves])
-        for move in plan.moves:
-            if move.recipe is not None:
-                writer.write_chunks(move.name, made_chunks(reader, move.recipe, move.dtype))
-                line.advance(move.nbytes)
-            elif reader.infos[move.source].dtype == move.dtype:
-                writer.copy_from(reader, move.source, move.name, line.advance)
-            else:
-                writer.write_chunks(move.name, cast_chunks(reader, move.source, move.dtype))
-                line.advance(move.nbytes)
+        writer.select(set(writer.files) - done.keys())
+        moves = [move for move in plan.moves if writer.infos[move.name].file not in done]
+        before = plan.nbytes - sum(move.nbytes for move in moves)
+        with progress(plan.nbytes, "bytes", "grow", before) as line:
+            for move in moves:
+                if move.recipe is not None:
+                    writer.write_chunks(move.name, made_chunks(reader, move.recipe, move.dtype))
+                    line.advance(move.nbytes)
+                elif reader.infos[move.source].dtype == move.dtype:
+                    writer.copy_from(reader, move.source, move.name, line.advance)
+                else:
+                    writer.write_chunks(move.name, cast_chunks(reader, move.source, move.dtype))
+                    line.advance(move.nbytes)
     reader.close()

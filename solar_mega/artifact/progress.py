@@ -1,6 +1,5 @@
 """How long-running functions of this package report their progress, and the silence they default to."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -11,8 +10,13 @@ class Advances(Protocol):
     def advance(self, n: int) -> None: ...
 
 
-ProgressFactory = Callable[[int, str, str], AbstractContextManager[Advances]]
-"""(total, unit, label) -> context manager, as `runtime.console.Progress`. This package counts bytes."""
+class ProgressFactory(Protocol):
+    """`runtime.console.Progress`, or something that is called like it. This package counts bytes; `initial` of
+    them were done by an earlier attempt."""
+
+    def __call__(
+        self, total: int, unit: str, label: str, initial: int = 0
+    ) -> AbstractContextManager[Advances]: ...
 
 
 class _Silent:
@@ -20,6 +24,6 @@ class _Silent:
         pass
 
 
-def silent(total: int, unit: str, label: str) -> AbstractContextManager[Advances]:
+def silent(total: int, unit: str, label: str, initial: int = 0) -> AbstractContextManager[Advances]:
     """Shows nothing."""
     return nullcontext(_Silent())

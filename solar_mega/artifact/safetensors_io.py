@@ -7,7 +7,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,30 +189,42 @@ class ShardedWriter:
     shard, wider dtypes come first, so that every tensor is aligned. Tensors may be written in any order; plan
     order is sequential on disk.
 
+    Several processes share the work by shards: all plan the same, each names its own with `select`, and after
+    all have called `leave` one of them, with none missing, writes headers and index with `close`. Shards that
+    an earlier attempt finished are left out in the same way.
+
     A shard gets its header, and the directory its index, only after the last tensor: files that were left
     unfinished do not open as safetensors. Where a whole directory should appear at once, write into
     `runtime.files.atomic_directory`.
     """
 
     def __init__(
-        self, directory: Path | str, shard_bytes: int = SHARD_BYTES, metadata: dict[str, str] | None = None
+        self,
+        directory: Path | str,
+        shard_bytes: int = SHARD_BYTES,
+        metadata: dict[str, str] | None = None,
+        finished: Callable[[str], None] | None = None,
     ) -> None:
+        """`finished` is called with a shard's file name when its last tensor was written."""
         if shard_bytes < 1:
             raise UserError(f"shard size is {shard_bytes} bytes; it must be at least 1")
         self.directory = Path(directory)
         self.shard_bytes = shard_bytes
         self.metadata = {"format": "pt"} if metadata is None else metadata
         self.infos: dict[str, TensorInfo] = {}
+        self._finished = finished
+        self._left = False
         self._headers: dict[str, bytes] = {}
+        self._sizes: dict[str, int] = {}
         self._descriptors: dict[str, int] = {}
-        self._missing: set[str] = set()
+        self._missing: dict[str, set[str]] = {}
 
     def __enter__(self) -> "ShardedWriter":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            if kind is None:
+            if kind is None and not self._left:
                 self.close()
         finally:
             self._release()
@@ -222,9 +234,10 @@ class ShardedWriter:
             os.close(self._descriptors.popitem()[1])
 
     def plan(self, tensors: Sequence[tuple[str, str, Sequence[int]]]) -> None:
-        """Lays out all tensors, given as (name, safetensors dtype, shape); creates the files at full size.
+        """Lays out all tensors, given as (name, safetensors dtype, shape). Each file is created, at its full
+        size, when its first tensor is written.
 
-        Raises ValueError for a name given twice or an unknown dtype, OSError from the disk.
+        Raises ValueError for a name given twice or an unknown dtype, FileExistsError for a file in the way.
         """
         if self.infos:
             raise ValueError("plan was called before")
@@ -237,7 +250,7 @@ class ShardedWriter:
         for number, names in enumerate(shards, 1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._lay_out(file, {name: given[name] for name in names})
-        self._missing = set(given)
+            self._missing[file] = set(names)
 
     def _lay_out(self, file: str, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
         header: dict[str, Any] = {"__metadata__": self.metadata} if self.metadata else {}
@@ -252,9 +265,33 @@ class ShardedWriter:
         for name, (dtype, shape) in tensors.items():
             begin, end = header[name]["data_offsets"]
             self.infos[name] = TensorInfo(name, dtype, shape, file, 8 + len(text) + begin, end - begin)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self._descriptors[file] = os.open(self.directory / file, flags, 0o666)
-        os.ftruncate(self._descriptors[file], 8 + len(text) + at)
+        self._sizes[file] = 8 + len(text) + at
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The planned shards in order."""
+        return tuple(self._headers)
+
+    def names(self, file: str) -> tuple[str, ...]:
+        """Tensors of a shard in the order of the plan."""
+        return tuple(name for name, info in self.infos.items() if info.file == file)
+
+    def select(self, files: Collection[str]) -> None:
+        """This writer writes these shards; the others are someone else's, or were finished before."""
+        self._missing = {file: names for file, names in self._missing.items() if file in files}
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._descriptors:
+            new = os.O_CREAT | os.O_EXCL if file in self._missing else 0
+            self._descriptors[file] = os.open(self.directory / file, os.O_RDWR | new, 0o666)
+            if new:
+                os.ftruncate(self._descriptors[file], self._sizes[file])
+        return self._descriptors[file]
+
+    def _written(self, info: TensorInfo) -> None:
+        self._missing[info.file].discard(info.name)
+        if not self._missing[info.file] and self._finished:
+            self._finished(info.file)
 
     def write(self, name: str, tensor: "torch.Tensor") -> None:
         """Writes a tensor of the planned dtype and shape. Raises ValueError when it is another one."""
@@ -262,8 +299,8 @@ class ShardedWriter:
         given = (dtype_name(tensor.dtype), tuple(tensor.shape))
         if given != (info.dtype, info.shape):
             raise ValueError(f"{name} was planned as {info.dtype} {info.shape}, got {given[0]} {given[1]}")
-        write_all(self._descriptors[info.file], as_bytes(tensor), info.offset)
-        self._missing.discard(name)
+        write_all(self._descriptor(info.file), as_bytes(tensor), info.offset)
+        self._written(info)
 
     def write_chunks(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Writes a tensor's bytes from chunks. Raises ValueError when they are too few or too many."""
@@ -272,10 +309,10 @@ class ShardedWriter:
         for chunk in chunks:
             if done + len(chunk) > info.nbytes:
                 raise ValueError(f"{name}: more than the planned {info.nbytes} bytes")
-            done += write_all(self._descriptors[info.file], chunk, info.offset + done)
+            done += write_all(self._descriptor(info.file), chunk, info.offset + done)
         if done != info.nbytes:
             raise ValueError(f"{name}: {done} of {info.nbytes} bytes")
-        self._missing.discard(name)
+        self._written(info)
 
     def copy_from(
         self, reader: SafetensorsReader, source: str, name: str, advance: Callable[[int], None] | None = None
@@ -294,7 +331,7 @@ class ShardedWriter:
             copy_range(
                 reader.descriptor(source),
                 origin.offset,
-                self._descriptors[info.file],
+                self._descriptor(info.file),
                 info.offset,
                 info.nbytes,
                 advance,
@@ -304,24 +341,39 @@ class ShardedWriter:
                 f"{reader.directory / origin.file} was cut while it was read ({source}): {error}"
             ) from error
         reader.bytes_read += info.nbytes
-        self._missing.discard(name)
+        self._written(info)
 
     def _planned(self, name: str) -> TensorInfo:
         if name not in self.infos:
             raise ValueError(f"{name} is not in the plan")
-        if name not in self._missing:
+        info = self.infos[name]
+        if info.file not in self._missing:
+            raise ValueError(f"{name} lies in {info.file}, which is not this writer's")
+        if name not in self._missing[info.file]:
             raise ValueError(f"{name} was written before")
-        return self.infos[name]
+        return info
+
+    def _check_complete(self) -> None:
+        missing = sorted(name for names in self._missing.values() for name in names)
+        if missing or not self.infos:
+            some = ", ".join(missing[:3])
+            raise ValueError(f"{len(missing)} of {len(self.infos)} planned tensors were not written: {some}")
+
+    def leave(self) -> None:
+        """Closes this writer's shards and leaves headers and index to another one's `close`.
+
+        Raises ValueError when one of its tensors is missing.
+        """
+        self._check_complete()
+        self._left = True
+        self._release()
 
     def close(self) -> None:
-        """Writes headers and index; `with` does it. Raises ValueError when a planned tensor is missing."""
-        if self._missing or not self.infos:
-            some = ", ".join(sorted(self._missing)[:3])
-            raise ValueError(
-                f"{len(self._missing)} of {len(self.infos)} planned tensors were not written: {some}"
-            )
+        """Writes headers and index; `with` does it unless `leave` was called. Raises ValueError when a
+        planned tensor is missing."""
+        self._check_complete()
         for file, header in self._headers.items():
-            write_all(self._descriptors[file], header, 0)
+            write_all(self._descriptor(file), header, 0)
         if len(self._headers) > 1:
             total = sum(info.nbytes for info in self.infos.values())
             parameters = sum(info.elements for info in self.infos.values())

@@ -70,7 +70,7 @@ def export_hf(
         ranks.agree(error)
         write_tensors(chunks, arch, parallel, place, dtype, shard_bytes)
         if place is not None:
-            _write_surroundings(place, arch, side_files, dtype, lineage)
+            write_surroundings(place, arch, side_files, dtype, lineage)
     dist.barrier(group=ranks.control_group())
 
 
@@ -104,9 +104,11 @@ def write_tensors(
                     writer.write(name, tensor.to(dtype))
 
 
-def _write_surroundings(
+def write_surroundings(
     place: Path, arch: Architecture, side_files: Path, dtype: torch.dtype, lineage: dict[str, Any]
 ) -> None:
+    """Everything of an export but its weights: config.json, side files, lineage.json. Arguments as
+    `export_hf`."""
     config = {key: value for key, value in arch.hf_config.items() if key != "torch_dtype"}
     write_config(place, {**config, "dtype": str(dtype).removeprefix("torch.")})
     if (Path(side_files) / "config.json").exists():

@@ -117,7 +117,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     is full.
     """
     path = Path(path).absolute()
-    partial = _partial_name(path)
+    partial = partial_name(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
@@ -130,8 +130,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # file systems without locks: stale directories stay
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield partial
-            _sync_tree(partial)
-            _rename(partial, path)
+            sync_tree(partial)
+            rename_into_place(partial, path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -145,7 +145,7 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     if mode not in ("w", "wb"):
         raise ValueError(f"mode {mode!r}: atomic_file writes whole files, so 'w' or 'wb'")
     path = Path(path).absolute()
-    partial = _partial_name(path)
+    partial = partial_name(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -160,13 +160,18 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         sync_directory(path.parent)
 
 
-def sync_directory(path: Path) -> None:
-    """Makes renames and new names inside `path` survive a power cut."""
+def sync_file(path: Path | str) -> None:
+    """Puts a file's bytes on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames and new names inside `path` survive a power cut."""
+    sync_file(path)
 
 
 def copy_range(
@@ -239,7 +244,8 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> int:
     return done
 
 
-def _partial_name(path: Path) -> Path:
+def partial_name(path: Path) -> Path:
+    """The temporary name under which this process builds `path`."""
     return path.parent / f".{path.name}.partial-{_host()}-{os.getpid()}"
 
 
@@ -248,13 +254,20 @@ def _host() -> str:
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes temporary directories that a killed run on this machine left for the same place.
+    """Removes temporary directories that a killed run on this machine left for the same place."""
+    for place in abandoned(path):
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def abandoned(path: Path) -> Iterator[Path]:
+    """Temporary directories that killed runs on this machine left for `path`, each locked while it is
+    looked at.
 
     The owner holds a lock as long as it lives. Other machines' directories are left alone: their locks may
     not be visible from here.
     """
     prefix = f".{path.name}.partial-{_host()}-"
-    for name in os.listdir(path.parent):
+    for name in sorted(os.listdir(path.parent)):
         place = path.parent / name
         if not name.startswith(prefix) or not name[len(prefix) :].isdigit() or not place.is_dir():
             continue
@@ -264,23 +277,21 @@ def _remove_stale(path: Path) -> None:
         except OSError:
             continue
         else:
-            shutil.rmtree(place, ignore_errors=True)
+            yield place
         finally:
             os.close(descriptor)
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
+    """Puts all files of `directory` and their names on the disk."""
     for place, _, files in os.walk(directory):
         for name in files:
-            descriptor = os.open(os.path.join(place, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_file(os.path.join(place, name))
         sync_directory(Path(place))
 
 
-def _rename(partial: Path, path: Path) -> None:
+def rename_into_place(partial: Path, path: Path) -> None:
+    """Makes `partial` appear as `path`, which may be an empty directory. Raises UserError when it is not."""
     try:
         os.rename(partial, path)  # replaces an empty directory, refuses any other
     except OSError as error:

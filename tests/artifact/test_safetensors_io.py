@@ -382,8 +382,9 @@ class TestWriting:
 
     def test_existing_files_are_not_overwritten(self, tmp_path):
         (tmp_path / SINGLE).write_text("precious")
-        with pytest.raises(FileExistsError):
-            ShardedWriter(tmp_path).plan([("a", "F32", (1,))])
+        with pytest.raises(FileExistsError), ShardedWriter(tmp_path) as writer:
+            writer.plan([("a", "F32", (1,))])
+            writer.write("a", torch.zeros(1))
         assert (tmp_path / SINGLE).read_text() == "precious"
 
     @given(st.lists(st.integers(0, 50)), st.integers(1, 60))
