@@ -11,8 +11,8 @@ class Advances(Protocol):
 
 
 class ProgressFactory(Protocol):
-    """`runtime.console.Progress`, or something that is called like it. This package counts bytes; `initial` of
-    them were done by an earlier attempt."""
+    """`runtime.console.Progress`, or something that is called like it. This package counts bytes; `initial`
+    of them were done by an earlier attempt."""
 
     def __call__(
         self, total: int, unit: str, label: str, initial: int = 0

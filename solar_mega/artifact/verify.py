@@ -91,7 +91,7 @@ def verify(
             not an error but a different destination, and the report says so.
     """
     plan = plan_growth(src, layer_map, dtype)
-    structure = _config_differences(plan.config, dst.config)
+    structure = config_differences(plan.config, dst.config)
     try:
         target = dst.tensors
     except UserError as error:
@@ -181,7 +181,7 @@ def _value(dtype: str, raw: bytes) -> str:
     return bits
 
 
-def _config_differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def config_differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Keys that both configs have and that disagree, and per-layer keys that the destination lost.
 
     Keys of one side only are no difference in themselves: transformers adds and renames defaults.

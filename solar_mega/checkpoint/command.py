@@ -5,14 +5,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from solar_mega.config.command_line import parse_options
 from solar_mega.config.units import parse_bytes
-from solar_mega.errors import UserError
+from solar_mega.errors import Problems, UserError
 from solar_mega.runtime.console import Progress, human_bytes, human_count, human_seconds, say, table
+
+if TYPE_CHECKING:
+    from solar_mega.artifact.verify import VerifyReport
+    from solar_mega.checkpoint.source import Source
+    from solar_mega.depth.layer_map import LayerMap
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -22,8 +27,8 @@ class ConvertOptions:
     """Write SRC as DST, through a layer map.
 
     Each may be a Hugging Face directory or a Megatron distributed checkpoint. DST appears only when it is
-    complete. Between Hugging Face directories bytes are moved, not decoded. Megatron checkpoints are written
-    and read as a model: started with torchrun, its ranks share it, as --tp and --pp say.
+    complete; the same command after a kill goes on where it stopped. Neither a GPU nor memory for the model
+    is needed. Started with torchrun, processes share the work of routes with a Megatron checkpoint.
     """
 
     src: Positional[Path]
@@ -47,10 +52,20 @@ class ConvertOptions:
     """Largest safetensors file."""
 
     tp: int = 1
-    """Tensor-parallel ranks that share the model (Megatron checkpoints only; start with torchrun)."""
+    """Tensor-parallel ranks of the layout that a Megatron checkpoint is written in; any layout loads it."""
 
     pp: int = 1
-    """Pipeline stages that share the model (Megatron checkpoints only; start with torchrun)."""
+    """Pipeline stages of that layout."""
+
+    zero_copy: bool = False
+    """Megatron to Megatron: write an index and link the files instead of copying what they hold."""
+
+    optimizer: Literal["keep", "drop"] = "keep"
+    """Megatron to Megatron: whether optimizer states go through the map too, or are left out."""
+
+    hf_config: Path | None = None
+    """Hugging Face directory whose config.json and tokenizer belong to SRC, when SRC is a checkpoint that
+    another Megatron program wrote."""
 
     dry_run: bool = False
     """Check everything, print the layer map and sizes, write nothing."""
@@ -62,7 +77,8 @@ class ConvertOptions:
 @dataclass(frozen=True)
 class VerifyOptions:
     """Prove that DST is SRC through the layer map, bit for bit. Exit code 1, and the first differing tensor,
-    when it is not. One of the two may be a Megatron checkpoint."""
+    when it is not. Each may be a Hugging Face directory or a Megatron checkpoint; two Megatron checkpoints
+    are compared with their optimizer states."""
 
     src: Positional[Path]
     """What the other was made from: Hugging Face directory, Megatron checkpoint, or a run's directory."""
@@ -75,6 +91,14 @@ class VerifyOptions:
 
     dtype: Precision | None = None
     """The --dtype DST was made with, if it was."""
+
+    hf_config: Path | None = None
+    """Hugging Face directory whose config.json belongs to a checkpoint that another Megatron program
+    wrote."""
+
+    logits: bool = False
+    """Also run both models on the same tokens in fp32, which needs memory for them: two forms of one model
+    must agree, and a map that preserves the function must leave every bit of the logits as it was."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +118,11 @@ def convert(argv: Sequence[str]) -> int:
     shard_bytes = parse_bytes(options.shard_size, "--shard-size")
     if options.src.resolve() == options.dst.resolve():
         raise UserError(f"SRC and DST are the same directory: {options.src}")
-    from solar_mega.checkpoint.source import open_source
+    from solar_mega.checkpoint.source import open_foreign, open_source
 
-    source = open_source(options.src, "SRC")
+    foreign = None if options.hf_config else open_foreign(options.src)
+    source = foreign or open_source(options.src, "SRC", options.hf_config)
+    _check_flags(options, source.kind)
     if source.kind == "hf" and options.to == "hf":
         return _grow(options, source.path, shard_bytes)
     from solar_mega.checkpoint.convert import Conversion, run
@@ -110,8 +136,23 @@ def convert(argv: Sequence[str]) -> int:
         shard_bytes=shard_bytes,
         tp=options.tp,
         pp=options.pp,
+        optimizer=options.optimizer,
+        zero_copy=options.zero_copy,
     )
-    return run(conversion, dry_run=options.dry_run)
+    return run(conversion, options.dry_run, Progress)
+
+
+def _check_flags(options: ConvertOptions, kind: str) -> None:
+    """Flags that mean nothing on this route. Raises UserError."""
+    problems = Problems()
+    if kind == "hf" or options.to == "hf":
+        if options.zero_copy:
+            problems.add("--zero-copy is from a Megatron checkpoint to a Megatron checkpoint (--to megatron)")
+        if options.optimizer != "keep":
+            problems.add("--optimizer is from a Megatron checkpoint to a Megatron checkpoint (--to megatron)")
+    if kind == "hf" and options.hf_config is not None:
+        problems.add("--hf-config belongs to a Megatron checkpoint; SRC is a Hugging Face directory")
+    problems.raise_if_any("convert")
 
 
 def _grow(options: ConvertOptions, src: Path, shard_bytes: int) -> int:
@@ -155,29 +196,53 @@ def verify(argv: Sequence[str]) -> int:
     """`solar-mega verify SRC DST`; 0 when equal, 1 when not."""
     options = parse_options(VerifyOptions, argv, "verify")
     from solar_mega.artifact.cast import weight_dtype
-    from solar_mega.artifact.hf import HFDirectory
-    from solar_mega.artifact.verify import verify as compare
-    from solar_mega.checkpoint.source import open_source
+    from solar_mega.checkpoint.source import open_foreign, open_source
     from solar_mega.depth.layer_map import LayerMap
 
-    src, dst = open_source(options.src, "SRC"), open_source(options.dst, "DST")
-    layer_map = LayerMap.parse(options.layer_map, src.config["num_hidden_layers"])
-    dtype = weight_dtype(options.dtype) if options.dtype else None
-    if src.kind == dst.kind == "megatron":
-        raise UserError(
-            "SRC and DST are both Megatron checkpoints; convert one of them --to hf and verify that"
+    def opened(path: Path, key: str):
+        return (None if options.hf_config else open_foreign(path)) or open_source(
+            path, key, options.hf_config
         )
-    if src.kind == dst.kind:
-        report = compare(HFDirectory(src.path), HFDirectory(dst.path), layer_map, dtype, Progress)
-    else:
-        from solar_mega.checkpoint.verify_megatron import verify_export, verify_import
 
-        if dst.kind == "megatron":
-            report = verify_import(HFDirectory(src.path), dst.path, layer_map, dtype, Progress)
-        else:
-            report = verify_export(src.path, HFDirectory(dst.path), layer_map, dtype, Progress)
+    src, dst = opened(options.src, "SRC"), opened(options.dst, "DST")
+    dtype = weight_dtype(options.dtype) if options.dtype else None
+    layer_map = LayerMap.parse(options.layer_map, _depth(src))
+    report = _compare(src, dst, layer_map, dtype)
     say(report.describe())
-    return 0 if report.ok else 1
+    if not report.ok or not options.logits:
+        return 0 if report.ok else 1
+    from solar_mega.checkpoint.verify_logits import verify_logits
+
+    verdict = verify_logits(src, dst, layer_map)
+    say(verdict.describe())
+    return 0 if verdict.ok else 1
+
+
+def _depth(source: "Source") -> int:
+    if source.config:
+        return source.config["num_hidden_layers"]
+    from solar_mega.checkpoint.items import CheckpointTensors
+
+    return CheckpointTensors(source.path).layers
+
+
+def _compare(src: "Source", dst: "Source", layer_map: "LayerMap", dtype: str | None) -> "VerifyReport":
+    from solar_mega.artifact.hf import HFDirectory
+    from solar_mega.artifact.verify import verify as compare
+
+    if src.kind == dst.kind == "hf":
+        return compare(HFDirectory(src.path), HFDirectory(dst.path), layer_map, dtype, Progress)
+    from solar_mega.checkpoint.verify_megatron import verify_export, verify_import, verify_remapped
+
+    if src.kind == "hf":
+        return verify_import(HFDirectory(src.path), dst.path, layer_map, dtype, Progress)
+    if dst.kind == "hf":
+        if not src.config:
+            raise UserError(
+                f"{src.path} was not written by solar_mega and has no config; give --hf-config DIR"
+            )
+        return verify_export(src.path, HFDirectory(dst.path), layer_map, dtype, Progress, src.config)
+    return verify_remapped(src.path, dst.path, layer_map, dtype, Progress, src.config or None)
 
 
 def inspect(argv: Sequence[str]) -> int:

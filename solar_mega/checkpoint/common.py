@@ -26,8 +26,12 @@ def read_common(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath, pathlib.Path]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), str(error)[:200])
-        raise UserError(f"{file} is refused: it holds more than plain values and tensors ({reason})") from None
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if "GLOBAL" in line), str(error)[:200]
+        )
+        raise UserError(
+            f"{file} is refused: it holds more than plain values and tensors ({reason})"
+        ) from None
     except (OSError, EOFError, RuntimeError, ValueError, LookupError) as error:
         raise UserError(f"checkpoint {path} is damaged: {file} cannot be read ({error})") from None
     if not isinstance(content, dict):

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from solar_mega import __version__
 from solar_mega.artifact.digest import tensor_digest, weights_hash
+from solar_mega.artifact.layer_source import MappedSource
 from solar_mega.artifact.progress import ProgressFactory
 from solar_mega.artifact.safetensors_format import dtype_name
 from solar_mega.artifact.safetensors_io import ShardedWriter
-from solar_mega.checkpoint.items import CheckpointTensors, stored_key
-from solar_mega.checkpoint.names import Rule, hf_names, hf_shapes, model_rules
+from solar_mega.checkpoint.items import CheckpointTensors
+from solar_mega.checkpoint.names import hf_shapes
 from solar_mega.checkpoint.sharing import my_share, shared_directory, together
-from solar_mega.checkpoint.tensors import cast
+from solar_mega.checkpoint.tensors import cast_to
 from solar_mega.checkpoint.to_hf import write_surroundings
+from solar_mega.checkpoint.views import MegatronView, read_whole
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.model.architecture import Architecture
 from solar_mega.runtime import parallel as ranks
@@ -80,9 +81,6 @@ def _write_shards(
     alone = ranks.world_size() == 1
     total = sum(nbytes.values()) if alone else sum(nbytes[file] for file in todo)
     before = sum(nbytes[file] for file in done if file in nbytes) if alone else 0
-    owner = {
-        tensor: (rule, layer) for rule, layer in model_rules(job.arch) for tensor in hf_names(rule, layer)
-    }
 
     def to_disk(file: str, digests: dict[str, Any]) -> None:
         sync_file(partial.path / file)
@@ -94,31 +92,18 @@ def _write_shards(
         progress(total, "bytes", "convert", before) as line,
         ShardedWriter(partial.path, job.shard_bytes) as writer,
     ):
+        mapped = MappedSource(MegatronView(stored, job.base), job.layer_map)
         writer.plan([(info.name, info.dtype, info.shape) for info in plan.infos.values()])
         writer.select(todo)
         for file in todo:
             digests = {}
-            for rule, layer in dict.fromkeys(owner[tensor] for tensor in plan.names(file)):
-                for tensor, value in _unpacked(job, stored, rule, layer):
-                    if plan.infos[tensor].file != file:
-                        continue  # a parameter's tensors may lie in two shards
-                    digests[tensor] = beside.submit(tensor_digest, value)
-                    writer.write(tensor, value)
-                    line.advance(plan.infos[tensor].nbytes)
+            for tensor in plan.names(file):
+                value = cast_to(read_whole(mapped, tensor, plan.infos[tensor].shape), job.dtype, tensor)
+                digests[tensor] = beside.submit(tensor_digest, value)
+                writer.write(tensor, value)
+                line.advance(plan.infos[tensor].nbytes)
             beside.submit(to_disk, file, digests)
         writer.leave()
-
-
-def _unpacked(
-    job: Export, stored: CheckpointTensors, rule: Rule, layer: int | None
-) -> list[tuple[str, Tensor]]:
-    origin = None if layer is None else job.layer_map[layer]
-    whole = stored.read(stored_key(rule.megatron, origin))
-    names = hf_names(rule, layer)
-    return [
-        (name, cast(tensor, job.dtype, name))
-        for name, tensor in zip(names, rule.packing.unpack([whole], job.arch), strict=True)
-    ]
 
 
 def _identity(job: Export) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Hugging Face directory -> Megatron checkpoint on disk, one parameter at a time.
 
-No model is built: each parameter's tensors are read, packed for every tensor-parallel rank, and appended to the
-files that a run on the layout would have written. Memory: a few copies of the largest parameter.
+No model is built: each parameter's tensors are read, packed for every tensor-parallel rank, and appended to
+the files that a run on the layout would have written. Memory: a few copies of the largest parameter.
 
-    __R_P.distcp     R = t + tp * stage as torchrun numbers ranks without data parallelism, P = part of the stage
+    __R_P.distcp     R = t + tp * stage as torchrun numbers ranks without data parallelism, P = part of the
+    stage
 """
 
 import json
@@ -18,12 +19,14 @@ from torch import Tensor
 from solar_mega import __version__
 from solar_mega.artifact.digest import tensor_digest, weights_hash
 from solar_mega.artifact.hf import HFDirectory
+from solar_mega.artifact.layer_source import MappedSource
 from solar_mega.artifact.progress import ProgressFactory
 from solar_mega.checkpoint.index import IndexBuilder, Place, write_index
 from solar_mega.checkpoint.items import ItemWriter, extra_state_key, stored_key
 from solar_mega.checkpoint.names import EMBEDDING, Rule, hf_names, hf_shapes, model_rules
 from solar_mega.checkpoint.sharing import my_share, shared_directory, together
-from solar_mega.checkpoint.tensors import Loaded, cast, owns_memory, pieces_of, whole_shape
+from solar_mega.checkpoint.tensors import Loaded, cast_to, owns_memory, pieces_of, whole_shape
+from solar_mega.checkpoint.views import read_whole
 from solar_mega.config.schema import ParallelConfig
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.model.architecture import Architecture
@@ -83,8 +86,8 @@ def import_hf(job: Import, about: dict[str, Any], progress: ProgressFactory) -> 
         done = partial.done()
         with together():
             if ranks.is_main():
-                place.mkdir(exist_ok=True)
                 partial.clean(keep={f"{STEP}/{file}" for note in done.values() for file in note["files"]})
+                place.mkdir(exist_ok=True)
         todo = my_share([unit for unit in units if unit.name not in done])
         mine = my_share(units)
         before = sum(_unit_bytes(job, unit) for unit in mine if unit.name in done)
@@ -189,11 +192,12 @@ def _write_unit(job: Import, unit: Unit, partial: Partial, beside: SideJobs, adv
 
 def _read(job: Import, rule: Rule, layer: int | None) -> dict[str, Tensor]:
     """{name in the target: tensor} of one parameter, in the target's dtype."""
-    origin = None if layer is None else job.layer_map[layer]
-    tensors = {}
-    for name, source in zip(hf_names(rule, layer), hf_names(rule, origin), strict=True):
-        tensors[name] = cast(job.source.tensors.read(source), job.dtype, source)
-    return tensors
+    mapped = MappedSource(job.source.tensors, job.layer_map)
+    shapes = hf_shapes(job.arch)
+    return {
+        name: cast_to(read_whole(mapped, name, shapes[name]), job.dtype, name)
+        for name in hf_names(rule, layer)
+    }
 
 
 def _plain(place: Place) -> list[Any]:

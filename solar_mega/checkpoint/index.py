@@ -121,7 +121,8 @@ def _problem(content: Any) -> str | None:
         if Path(info.relative_path).name != info.relative_path:
             return f"places {index.fqn} in {info.relative_path!r}, outside the checkpoint"
         if getattr(info, "transform_descriptors", None):
-            return f"says that {index.fqn} is transformed ({info.transform_descriptors}); only plain items are read"
+            return f"says that {index.fqn} is transformed ({info.transform_descriptors}); only plain items "
+            "are read"
     return None
 
 

@@ -1,7 +1,7 @@
 """The tensors of a Megatron checkpoint on disk, read and written one at a time: no model, no process groups.
 
-An item is a zip archive as torch.save writes it, stored without compression, so a tensor's elements lie in one
-stretch of the file. They are read from there straight into the memory they belong in:
+An item is a zip archive as torch.save writes it, stored without compression, so a tensor's elements lie in
+one stretch of the file. They are read from there straight into the memory they belong in:
 
     __0_0.distcp     | item | item | item ...
     item             | data.pkl (dtype, shape) | data/0 (the elements) | directory |
@@ -150,7 +150,8 @@ class CheckpointTensors:
         for piece in pieces:
             if piece.sizes[0] != 1:
                 raise UserError(
-                    f"checkpoint {self.path}: {key} is stored with {piece.sizes[0]} layers in one piece; only one "
+                    f"checkpoint {self.path}: {key} is stored with {piece.sizes[0]} layers in one piece; "
+                    "only one "
                     "layer per piece is read"
                 )
             rows[piece.offsets[0]].append(Piece(piece.offsets[1:], piece.sizes[1:], piece.place))
@@ -197,7 +198,8 @@ class CheckpointTensors:
             covered += part.numel()
         if covered != whole.numel():
             raise UserError(
-                f"checkpoint {self.path} is damaged: the pieces of {key} hold {covered} of {whole.numel()} elements"
+                f"checkpoint {self.path} is damaged: the pieces of {key} hold {covered} of {whole.numel()} "
+                "elements"
             )
         return whole
 
@@ -277,7 +279,8 @@ def _payload(descriptor: int, place: Place, elements: int, dtype: torch.dtype) -
             raise ValueError(f"it holds a {type(described).__name__}, not a tensor")
         if described.dtype != dtype or described.elements != elements:
             raise ValueError(
-                f"it holds {described.elements} elements of {described.dtype}, the index says {elements} of {dtype}"
+                f"it holds {described.elements} elements of {described.dtype}, the index says {elements} "
+                f"of {dtype}"
             )
         entry = names[f"data/{described.storage}"]
         little = "byteorder" not in names or archive.read(names["byteorder"]) == b"little"
@@ -355,7 +358,7 @@ class ItemWriter:
 
     def __init__(self, directory: Path, file: str) -> None:
         self.file = file
-        self._stream = open(directory / file, "wb", buffering=0)
+        self._stream = io.FileIO(directory / file, "w")
 
     def __enter__(self) -> "ItemWriter":
         return self
@@ -370,7 +373,8 @@ class ItemWriter:
         return Place(self.file, start, self._stream.tell() - start)
 
     def copy(self, descriptor: int, place: Place, advance: Callable[[int], None] | None = None) -> Place:
-        """An item of another file, its bytes moved inside the kernel. Raises EOFError when that file is cut."""
+        """An item of another file, its bytes moved inside the kernel. Raises EOFError when that file is
+        cut."""
         start = self._stream.tell()
         copy_range(descriptor, place.offset, self._stream.fileno(), start, place.length, advance)
         self._stream.seek(start + place.length)

@@ -19,6 +19,7 @@ from torch import nn
 
 from solar_mega.checkpoint.changed_layers import ChangedLayers, plain_maps
 from solar_mega.checkpoint.fit import check_depth, check_optimizer, check_tensors, readable
+from solar_mega.checkpoint.index import read_index
 from solar_mega.checkpoint.layout import (
     METADATA,
     RNG,
@@ -107,6 +108,8 @@ def _load(
 ) -> dict[str, Any] | None:
     """Fills chunks and optimizer; returns this rank's random state when asked for and there."""
     modules = [unwrapped(chunk) for chunk in chunks]
+    # Megatron unpickles the index as it is; nobody's code may run from there.
+    ranks.on_main(lambda: read_index(path) and None)
     with readable(path):
         stored = dist_checkpointing.load_tensors_metadata(str(path))
         shapes = {key: tuple(tensor.global_shape) for key, tensor in stored.items()}

@@ -81,6 +81,13 @@ def read_run_state(path: Path | str) -> RunState:
     return _state(_read(Path(path)), Path(path))
 
 
+def file_hashes(path: Path | str) -> dict[str, str] | None:
+    """SHA-256 of the data files as they were written; None for a checkpoint saved without. What a conversion
+    writes anew under an old name is not among them."""
+    hashes = _read(Path(path)).get("sha256")
+    return None if not hashes else {name: hash for name, hash in hashes.items() if name.endswith(".distcp")}
+
+
 def check_files(path: Path | str) -> None:
     """Every file the checkpoint was committed with is there at its full size.
 
@@ -153,10 +160,11 @@ def describe_megatron(path: Path | str) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, Any]:
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    stored = FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    from solar_mega.checkpoint.index import read_index
+
+    stored = read_index(path).state_dict_metadata
     tensors = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
     weights = {name: entry for name, entry in tensors.items() if not name.startswith("optimizer.")}
     dtypes = Counter()

@@ -28,6 +28,7 @@ def world() -> Iterator[None]:
     ranks.join_world()
     try:
         yield
+        ranks.gather(None)  # nobody takes its sockets away while others still finish
     finally:
         ranks.stop()
 

@@ -25,8 +25,15 @@ class Source:
     """Of the stored weights; exports keep it unless told otherwise."""
 
 
-def open_source(path: Path, key: str = "model.path") -> Source:
-    """Raises UserError when `path` is neither, naming `key` and what was looked for."""
+def open_source(path: Path, key: str = "model.path", hf_config: Path | None = None) -> Source:
+    """A directory of either kind.
+
+    Args:
+        hf_config: Hugging Face directory whose config and tokenizer belong to a Megatron checkpoint that
+            another program wrote.
+
+    Raises UserError when `path` is neither, naming `key` and what was looked for.
+    """
     from solar_mega.artifact.hf import HFDirectory
 
     if not path.is_dir():
@@ -35,20 +42,38 @@ def open_source(path: Path, key: str = "model.path") -> Source:
         )
     if (path / "config.json").is_file():
         config = HFDirectory(path).config
-        stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-        return Source(path, "hf", config, path, _precision(stored))
+        return Source(path, "hf", config, path, _precision(_dtype(config)))
     checkpoint = _checkpoint_in(path)
     if checkpoint is None:
         raise UserError(
             f"{key} = {str(path)!r} holds neither config.json (Hugging Face) nor a complete Megatron "
             "checkpoint (metadata.json, or checkpoints/latest)"
         )
-    from solar_mega.checkpoint.run_state import read_run_state
+    from solar_mega.checkpoint.run_state import RUN_STATE, read_run_state
 
+    if hf_config is not None and not (checkpoint / RUN_STATE).exists():
+        config = HFDirectory(hf_config).config
+        return Source(checkpoint, "megatron", config, hf_config, _precision(_dtype(config)))
     state = read_run_state(checkpoint)
-    stored = str(state.hf_config.get("dtype") or state.hf_config.get("torch_dtype") or "float32")
-    precision = _precision(stored.removeprefix("torch."))
+    precision = _precision(_dtype(state.hf_config))
     return Source(checkpoint, "megatron", dict(state.hf_config), Path(state.source), precision)
+
+
+def open_foreign(path: Path) -> Source | None:
+    """A Megatron checkpoint that another program wrote, without config; None for anything else."""
+    from solar_mega.checkpoint.run_state import RUN_STATE
+
+    if (
+        (path / "metadata.json").is_file()
+        and not (path / RUN_STATE).exists()
+        and not (path / "config.json").is_file()
+    ):
+        return Source(path, "megatron", {}, path, "fp32")
+    return None
+
+
+def _dtype(config: dict[str, Any]) -> str:
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
 def _precision(stored: str) -> Literal["fp32", "bf16"]:

@@ -5,24 +5,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from solar_mega.artifact.cast import cast
 from solar_mega.artifact.safetensors_format import dtype_name
-from solar_mega.checkpoint.names import GATED, Rule, hf_names, hf_shapes
-from solar_mega.errors import UserError
+from solar_mega.checkpoint.names import Rule, hf_names, hf_shapes
 from solar_mega.model.architecture import Architecture
 
 
-def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Rounded to nearest even. Raises UserError when a finite value would become infinite."""
-    if tensor.dtype == dtype:
-        return tensor
-    result = tensor.to(dtype)
-    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
-        lost = torch.isinf(result).sum() - torch.isinf(tensor).sum()
-        if lost:
-            raise UserError(
-                f"{name} has {int(lost)} values that {dtype_name(dtype)} cannot hold; use a wider dtype"
-            )
-    return result
+def cast_to(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`artifact.cast.cast` with torch's dtype; the tensor itself where nothing changes."""
+    return tensor if tensor.dtype == dtype else cast(tensor, dtype_name(dtype), name)
 
 
 class Loaded:
@@ -64,7 +55,7 @@ def pieces_of(
             yield [0] * shard.dim(), shard
         return
     dim = next(i for i, (part, full) in enumerate(zip(shard.shape, whole, strict=True)) if part != full)
-    halves = shard.chunk(2, dim) if rule.packing is GATED else (shard,)
+    halves = shard.chunk(2, dim) if rule.packing.gated else (shard,)
     for number, piece in enumerate(halves):
         offsets = [0] * shard.dim()
         offsets[dim] = number * (whole[dim] // len(halves)) + t * piece.shape[dim]

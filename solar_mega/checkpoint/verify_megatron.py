@@ -1,38 +1,34 @@
-"""Proof that a Megatron checkpoint and a Hugging Face directory hold the same weights through a layer map,
-bit for bit, whichever of the two was made from the other.
+"""Proof that a Megatron checkpoint and what it was made from, or what was made from it, hold the same weights
+through a layer map, bit for bit.
 
-Read one parameter at a time, whole, straight from the files: no model, no process groups, and none of the
-code that loads checkpoints for training.
+Read one tensor at a time straight from the files: no model, no process groups, and none of the code that
+loads checkpoints for training. Two Megatron checkpoints are compared with their optimizer states.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from solar_mega.artifact.hf import HFDirectory
+from solar_mega.artifact.cast import cast
+from solar_mega.artifact.hf import HFDirectory, grown_config
+from solar_mega.artifact.layer_source import MappedSource
 from solar_mega.artifact.progress import ProgressFactory, silent
-from solar_mega.artifact.safetensors_format import dtype_name, torch_dtype
-from solar_mega.artifact.verify import Difference, VerifyReport
+from solar_mega.artifact.safetensors_format import dtype_name, tensor_bytes, torch_dtype
+from solar_mega.artifact.safetensors_io import SafetensorsReader
+from solar_mega.artifact.verify import Difference, VerifyReport, config_differences
 from solar_mega.checkpoint.from_hf import check_source
-from solar_mega.checkpoint.names import Rule, hf_names, hf_shapes, model_rules
-from solar_mega.checkpoint.run_state import check_files, read_run_state
+from solar_mega.checkpoint.items import STATES, CheckpointTensors, per_layer
+from solar_mega.checkpoint.names import hf_shapes
+from solar_mega.checkpoint.remap_files import Plan, Remap
+from solar_mega.checkpoint.run_state import RUN_STATE, check_files, read_run_state
+from solar_mega.checkpoint.views import MegatronView, read_whole
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import UserError
 from solar_mega.model.architecture import Architecture
 
-# Checkpoint keys as Transformer Engine spells them; the model's own names differ only here.
-_STORED = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
-
-_Layer = int | None
-_Pair = tuple[Rule, _Layer, _Layer]
-"""A parameter, its layer in the checkpoint and its layer in the Hugging Face directory."""
+_View = SafetensorsReader | MegatronView
 
 
 def verify_import(
@@ -49,30 +45,18 @@ def verify_import(
 
     Raises UserError: the source or the map is not usable. Damage to the checkpoint is reported, not raised.
     """
-    if layer_map.changed:
-        raise UserError(f'layer map "{layer_map}" changes layers; verify the Hugging Face result instead')
     base = Architecture.from_hf(src.config, f"{src.path}/config.json")
     check_source(src.tensors, base, str(src.path))
     arch = base.grown(layer_map)
     try:
-        check_files(checkpoint)
-        stored = _Stored(checkpoint)
+        structure = _check_ours(checkpoint, dict(arch.hf_config))
+        stored = CheckpointTensors(checkpoint)
     except UserError as error:
         return VerifyReport(0, 0, (str(error),))
-    pairs = [(rule, layer, None if layer is None else layer_map[layer]) for rule, layer in model_rules(arch)]
-    structure = []
-    for rule, layer, origin in pairs:
-        dtype_of_source = src.tensors.info(hf_names(rule, origin)[0]).dtype
-        structure += stored.problems(rule, layer, arch, dtype or dtype_of_source)
-    wanted = {_key(rule, layer) for rule, layer, _ in pairs}
-    extra = [key for key in stored.weights if key not in wanted]
-    structure += [f"{key} is extra: nothing in the source maps to it" for key in extra]
-
-    def compare(tensor: Tensor, rule: Rule, layer: _Layer, origin: _Layer, part: int) -> Difference | None:
-        name = hf_names(rule, origin)[part]
-        return _difference(hf_names(rule, layer)[part], name, src.tensors.read(name).to(tensor.dtype), tensor)
-
-    return _walk(stored, pairs, arch, compare, tuple(structure), progress)
+    with stored:
+        found = MegatronView(stored, arch)
+        structure += found.problems()
+        return _compare(src.tensors, found, arch, layer_map, dtype, structure, False, progress)
 
 
 def verify_export(
@@ -81,121 +65,185 @@ def verify_export(
     layer_map: LayerMap,
     dtype: str | None = None,
     progress: ProgressFactory = silent,
+    hf_config: dict | None = None,
 ) -> VerifyReport:
     """Compares every weight of `dst`, made from `checkpoint` through `layer_map`, up to the first difference.
 
-    Args and errors as `verify_import`, with the roles exchanged.
+    Args and errors as `verify_import`, with the roles exchanged. `hf_config` is for a checkpoint that another
+    Megatron program wrote.
     """
-    if layer_map.changed:
-        raise UserError(f'layer map "{layer_map}" changes layers; verify the Hugging Face result instead')
-    base = Architecture.from_hf(read_run_state(checkpoint).hf_config, f"{checkpoint}/run_state.json")
+    config = hf_config or read_run_state(checkpoint).hf_config
+    base = Architecture.from_hf(config, f"{checkpoint}/run_state.json")
     arch = base.grown(layer_map)
-    check_files(checkpoint)
-    stored = _Stored(checkpoint)
-    structure = []
-    for rule, layer in model_rules(base):
-        structure += stored.problems(rule, layer, base, None)
-    try:
-        check_source(dst.tensors, arch, str(dst.path))
+    if (checkpoint / RUN_STATE).is_file():
+        check_files(checkpoint)
+    with CheckpointTensors(checkpoint) as stored:
+        source = MegatronView(stored, base)
+        source.check()
+        structure = config_differences(dict(arch.hf_config), dst.config)
+        try:
+            check_source(dst.tensors, arch, str(dst.path))
+        except UserError as error:
+            return VerifyReport(0, 0, (*structure, str(error)))
         extra = dst.tensors.infos.keys() - hf_shapes(arch).keys()
         structure += [f"{name} is extra: nothing in the checkpoint maps to it" for name in sorted(extra)]
-    except UserError as error:
-        return VerifyReport(0, 0, (*structure, str(error)))
-    for name, info in dst.tensors.infos.items():
-        if dtype is not None and info.dtype != dtype:
-            structure.append(f"{name} is {info.dtype}, expected {dtype}")
-    pairs = [(rule, None if layer is None else layer_map[layer], layer) for rule, layer in model_rules(arch)]
-
-    def compare(tensor: Tensor, rule: Rule, origin: _Layer, layer: _Layer, part: int) -> Difference | None:
-        name = hf_names(rule, layer)[part]
-        found = dst.tensors.read(name)
-        return _difference(name, _key(rule, origin), tensor.to(found.dtype), found)
-
-    return _walk(stored, pairs, arch, compare, tuple(structure), progress)
+        return _compare(source, dst.tensors, arch, layer_map, dtype, structure, True, progress)
 
 
-def _walk(
-    stored: "_Stored",
-    pairs: list[_Pair],
+def _check_ours(checkpoint: Path, expected: dict) -> list[str]:
+    """Damage raises; differences of the config are returned. Nothing to check in others' checkpoints."""
+    if not (checkpoint / RUN_STATE).is_file():
+        return []
+    check_files(checkpoint)
+    return config_differences(expected, read_run_state(checkpoint).hf_config)
+
+
+def _compare(
+    source: _View,
+    found: _View,
     arch: Architecture,
-    compare: Callable[..., Difference | None],
-    structure: tuple[str, ...],
+    layer_map: LayerMap,
+    dtype: str | None,
+    structure: list[str],
+    any_dtype: bool,
     progress: ProgressFactory,
 ) -> VerifyReport:
-    tensors = nbytes = 0
+    """All tensors of `found` with what the map makes of `source`, by Hugging Face name."""
     broken = {text.split(" ", 1)[0] for text in structure}
-    sound = [pair for pair in pairs if _key(pair[0], pair[1]) not in broken]
-    total = sum(stored.nbytes(_key(rule, layer)) for rule, layer, _ in sound)
-    with progress(total, "bytes", "verify") as line:
-        for rule, layer, other in sound:
-            for part, tensor in enumerate(rule.packing.unpack([stored.read(_key(rule, layer))], arch)):
-                difference = compare(tensor, rule, layer, other, part)
+    shapes, sound = hf_shapes(arch), {}
+    mapped = MappedSource(source, layer_map)
+    for name in shapes:
+        if name in broken or isinstance(found, MegatronView) and found.key(name) in broken:
+            continue
+        kind = found.info(name).dtype
+        origin = kind if any_dtype else _source_dtype(source, layer_map, name)
+        if kind != (dtype or origin):
+            structure.append(f"{name} is {kind}, expected {dtype or origin}")
+        else:
+            sound[name] = tensor_bytes(kind, shapes[name])
+    tensors = nbytes = 0
+    with progress(sum(sound.values()), "bytes", "verify") as line:
+        for name, size in sound.items():
+            try:
+                mine = found.read(name)
+            except UserError as error:
+                return VerifyReport(tensors, nbytes, (*structure, str(error)))
+            expected = read_whole(mapped, name, shapes[name])
+            kind = dtype_name(mine.dtype)
+            expected = expected if expected.dtype == mine.dtype else cast(expected, kind, name)
+            difference = _difference(name, _origin(name, source, layer_map), expected, mine)
+            if difference is not None:
+                return VerifyReport(tensors, nbytes, tuple(structure), difference)
+            tensors, nbytes = tensors + 1, nbytes + size
+            line.advance(size)
+    return VerifyReport(tensors, nbytes, tuple(structure))
+
+
+def _origin_name(name: str, layer_map: LayerMap) -> str:
+    from solar_mega.artifact.hf import layer_name, split_layer
+
+    target, suffix = split_layer(name)
+    return name if target is None else layer_name(layer_map.sources_of(target)[0], suffix)
+
+
+def _source_dtype(source: _View, layer_map: LayerMap, name: str) -> str:
+    return source.info(_origin_name(name, layer_map)).dtype
+
+
+def _origin(name: str, source: _View, layer_map: LayerMap) -> str:
+    """What a person looks for in the source."""
+    origin = _origin_name(name, layer_map)
+    return source.key(origin) if isinstance(source, MegatronView) else origin
+
+
+def verify_remapped(
+    src: Path,
+    dst: Path,
+    layer_map: LayerMap,
+    dtype: str | None = None,
+    progress: ProgressFactory = silent,
+    config: dict | None = None,
+) -> VerifyReport:
+    """Compares two Megatron checkpoints through `layer_map`: all weights, and optimizer states where `dst`
+    has them, up to the first difference.
+
+    Args:
+        config: config.json of `src`; None when it is another program's checkpoint.
+
+    Raises UserError: the source or the map is not usable. Damage to `dst` is reported, not raised.
+    """
+    if (src / RUN_STATE).is_file():
+        check_files(src)
+    try:
+        grown = {} if config is None else grown_config(config, layer_map)
+        structure = _check_ours(dst, grown)
+        found = CheckpointTensors(dst)
+    except UserError as error:
+        return VerifyReport(0, 0, (str(error),))
+    with CheckpointTensors(src) as source, found:
+        job = Remap(src, dst, layer_map, grown if config else None, config, optimizer=bool(found.states))
+        pairs = list(_pairs(Plan(job, source), source, found, layer_map, structure))
+        tensors = nbytes = 0
+        with progress(sum(found.tensors[key].nbytes for key, _ in pairs), "bytes", "verify") as line:
+            for key, expected in pairs:
+                try:
+                    mine = found.read(key)
+                except UserError as error:
+                    return VerifyReport(tensors, nbytes, (*structure, str(error)))
+                origin, right = expected()
+                wanted = dtype if dtype and not key.startswith(STATES) else dtype_name(right.dtype)
+                if mine.dtype != torch_dtype(wanted):
+                    structure.append(f"{key} is {dtype_name(mine.dtype)}, expected {wanted}")
+                    continue
+                right = right if right.dtype == mine.dtype else cast(right, wanted, key)
+                difference = _difference(key, origin, right, mine)
                 if difference is not None:
-                    return VerifyReport(tensors, nbytes, structure, difference)
-                tensors, nbytes = tensors + 1, nbytes + tensor.numel() * tensor.element_size()
-            line.advance(stored.nbytes(_key(rule, layer)))
-    return VerifyReport(tensors, nbytes, structure)
+                    return VerifyReport(tensors, nbytes, tuple(structure), difference)
+                tensors, nbytes = tensors + 1, nbytes + found.tensors[key].nbytes
+                line.advance(found.tensors[key].nbytes)
+    return VerifyReport(tensors, nbytes, tuple(structure))
 
 
-class _Stored:
-    """The weights of a checkpoint by key."""
-
-    def __init__(self, path: Path) -> None:
-        from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
-            CachedMetadataFileSystemReader,
-        )
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-        self.reader = CachedMetadataFileSystemReader(str(path))
-        try:
-            entries = self.reader.read_metadata().state_dict_metadata
-        except Exception as error:  # a damaged pickle raises nearly anything
-            raise UserError(
-                f"{path / '.metadata'} cannot be read ({type(error).__name__}: {error})"
-            ) from error
-        self.weights: dict[str, Any] = {
-            key: entry
-            for key, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
-        }
-
-    def nbytes(self, key: str) -> int:
-        return self.weights[key].size.numel() * self.weights[key].properties.dtype.itemsize
-
-    def read(self, key: str) -> Tensor:
-        import torch.distributed.checkpoint as distributed_checkpoint
-
-        tensor = torch.empty(self.weights[key].size, dtype=self.weights[key].properties.dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there are no process groups
-            distributed_checkpoint.load({key: tensor}, storage_reader=self.reader, no_dist=True)
-        return tensor
-
-    def problems(self, rule: Rule, layer: int | None, arch: Architecture, dtype: str | None) -> Iterator[str]:
-        """What is wrong with a parameter before its bits are looked at. `dtype` None allows any."""
-        key, shapes = _key(rule, layer), hf_shapes(arch)
-        if key not in self.weights:
-            yield f"{key} is missing"
-            return
-        entry = self.weights[key]
-        elements = sum(torch.Size(shapes[name]).numel() for name in hf_names(rule, layer))
-        if entry.size.numel() != elements:
-            yield f"{key} has shape {list(entry.size)}, expected {elements} elements"
-        if dtype is not None and entry.properties.dtype != torch_dtype(dtype):
-            yield f"{key} is {dtype_name(entry.properties.dtype)}, expected {dtype}"
-
-
-def _key(rule: Rule, layer: int | None) -> str:
-    if layer is None:
-        return rule.megatron
-    return f"decoder.layers.{layer}.{_STORED.get(rule.megatron, rule.megatron)}"
+def _pairs(
+    plan: Plan, source: CheckpointTensors, found: CheckpointTensors, layer_map: LayerMap, structure: list[str]
+) -> Iterator:
+    """(key in the target, function giving (source key, expected tensor)); what does not pair up goes to
+    `structure`."""
+    expected = {}
+    for key in source.tensors:
+        if key.startswith(STATES) and not found.states:
+            continue
+        layer = per_layer(key)
+        if layer is None:
+            expected[key] = key
+            continue
+        for g in range(len(layer_map)):
+            if layer_map.sources_of(g)[:1] == (layer[1],):
+                expected[f"{layer[0]}{g}.{layer[2]}"] = key
+    for key, origin in expected.items():
+        mine = found.tensors.get(key)
+        if mine is None:
+            structure.append(f"{key} is missing (source {origin})")
+        elif mine.shape != source.tensors[origin].shape:
+            structure.append(
+                f"{key} has shape {list(mine.shape)}, expected {list(source.tensors[origin].shape)}"
+            )
+        else:
+            place, shape = plan.place_of_made(key), mine.shape
+            if place is not None:
+                yield key, lambda place=place, shape=shape, origin=origin: (origin, plan.make(place, shape))
+            else:
+                yield key, lambda origin=origin: (origin, source.read(origin))
+    structure += [
+        f"{key} is extra: nothing in the source maps to it" for key in found.tensors if key not in expected
+    ]
 
 
 def _difference(name: str, source: str, expected: Tensor, found: Tensor) -> Difference | None:
     """The first element whose bits differ: NaN equals itself, and -0 is not 0."""
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[found.element_size()]
-    unequal = expected.contiguous().view(bits) != found.contiguous().view(bits)
-    if not unequal.any():
+    left, right = expected.contiguous().view(bits), found.contiguous().view(bits)
+    if torch.equal(left, right):
         return None
-    index = tuple(int(i) for i in unequal.nonzero()[0])
+    index = tuple(int(i) for i in (left != right).nonzero()[0])
     return Difference(name, source, index, f"{expected[index].item():g}", f"{found[index].item():g}")

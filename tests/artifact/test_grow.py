@@ -131,7 +131,7 @@ class TestGrown:
         class Line:
             advance = staticmethod(seen.append)
 
-        def progress(total, unit, label):
+        def progress(total, unit, label, initial=0):
             seen.append(-total)
             return nullcontext(Line)
 

@@ -138,7 +138,9 @@ def test_megatron_and_back_is_bit_identical(source, tmp_path, capsys):
         (["--tp", "2"], "--tp and --pp are for Megatron checkpoints"),
         (["--to", "megatron", "--tp", "3"], "parallel.tp = 3 does not divide the model's 4 attention heads"),
         (["--to", "megatron", "--pp", "4"], "parallel.pp"),
-        (["--to", "megatron", "--tp", "2"], "world size 1 is not"),
+        (["--zero-copy"], "--zero-copy is from a Megatron checkpoint"),
+        (["--optimizer", "drop"], "--optimizer is from a Megatron checkpoint"),
+        (["--hf-config", "x"], "--hf-config belongs to a Megatron checkpoint"),
         (["--to", "megatron", "--dtype", "fp16"], "--dtype fp16 is for Hugging Face directories"),
     ],
 )

@@ -27,7 +27,8 @@ def _convert(*calls):
 
     tp = "2" if os.environ["WORLD_SIZE"] == "4" else "1"
     for src, dst, *flags in calls:
-        convert([str(src), str(dst), *flags, "--tp", tp, "--pp", tp])
+        layout = ["--tp", tp, "--pp", tp] if "megatron" in flags else []
+        convert([str(src), str(dst), *flags, *layout])
 
 
 @pytest.fixture(scope="module")

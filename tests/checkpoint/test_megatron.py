@@ -38,7 +38,7 @@ def _save(directory, root):
             path = save_checkpoint(CheckpointStore(root / kind), run.chunks, run.optimizer, run.state(STEPS))
             drawn = _draw_from_all()
             if kind == "fp32-dist":
-                _save_homogeneous(run, root / "homogeneous")
+                training.save_homogeneous(run, root / "homogeneous")
                 save_checkpoint(CheckpointStore(root / "weights"), run.chunks, None, run.state(STEPS))
             went_on = run.steps(STEPS, 3)
             again = training.start(arch, parallel, kind)
@@ -62,23 +62,6 @@ def _draw_from_all() -> list:
         with tensor_parallel.get_cuda_rng_tracker().fork(name):
             drawn.append(torch.rand(1).item())
     return drawn
-
-
-def _save_homogeneous(run, path):
-    """As stock Megatron saves by default: the layers of a parameter stacked into one tensor."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
-
-    from solar_mega.runtime import parallel
-
-    if parallel.is_main():
-        path.mkdir()
-    torch.distributed.barrier()
-    content = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": False}
-    metadata = ensure_metadata_has_dp_cp_group(dict(content))
-    model = run.chunks[0].sharded_state_dict(metadata=metadata)
-    optimizer = run.optimizer.sharded_state_dict(model, metadata=metadata)
-    dist_checkpointing.save({"model": model, "optimizer": optimizer}, str(path), content_metadata=content)
 
 
 def _load(root, targets):

@@ -98,11 +98,29 @@ def differences(path, run: Run, layer_map, with_optimizer: bool = True) -> tuple
     """(values compared, names that differ) between the run's tensors and the checkpoint's full ones, cut by
     hand.
     """
+    compared, wrong = 0, []
+    for label, mine, expected in pairs_by_hand(path, run, layer_map, with_optimizer):
+        compared += 1
+        if not torch.equal(mine, expected.to(mine.dtype)):
+            wrong.append(label)
+    return compared, wrong
+
+
+def put_by_hand(path, run: Run, layer_map, step: int) -> None:
+    """Fills weights, master weights and moments with what `pairs_by_hand` cuts, and sets all step
+    counters."""
+    for _, mine, expected in pairs_by_hand(path, run, layer_map, True):
+        mine.copy_(expected)
+    for state in run.optimizer.chained_optimizers[0].optimizer.state.values():
+        state["step"].fill_(step)
+
+
+def pairs_by_hand(path, run: Run, layer_map, with_optimizer: bool):
+    """(name, the run's tensor, the same part of the checkpoint's full tensor)."""
     from megatron.core import dist_checkpointing, parallel_state
 
     full = dist_checkpointing.load_plain_tensors(str(path))
     t = parallel_state.get_tensor_model_parallel_rank()
-    compared, wrong = 0, []
     for chunk in run.chunks:
         for name, parameter in chunk.named_parameters():
             key, origin = _stored_name(name, chunk, layer_map, run.arch)
@@ -116,11 +134,7 @@ def differences(path, run: Run, layer_map, with_optimizer: bool = True) -> tuple
             pairs = [(name, parameter.data, _cut(whole(""), name, t, run.parallel.tp))]
             if with_optimizer:
                 pairs += _state_pairs(run, name, parameter, whole, t)
-            for label, mine, expected in pairs:
-                compared += 1
-                if not torch.equal(mine, expected.to(mine.dtype)):
-                    wrong.append(label)
-    return compared, wrong
+            yield from pairs
 
 
 def _stored_name(name: str, chunk, layer_map, arch) -> tuple[str, int | None]:
@@ -181,3 +195,20 @@ def step_counts(run: Run) -> tuple[set[float], bool]:
     states = list(run.optimizer.chained_optimizers[0].optimizer.state.values())
     counters = [state["step"] for state in states]
     return {float(step) for step in counters}, len({step.data_ptr() for step in counters}) == len(counters)
+
+
+def save_homogeneous(run, path):
+    """As stock Megatron saves by default: the layers of a parameter stacked into one tensor."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+    from solar_mega.runtime import parallel
+
+    if parallel.is_main():
+        path.mkdir()
+    torch.distributed.barrier()
+    content = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": False}
+    metadata = ensure_metadata_has_dp_cp_group(dict(content))
+    model = run.chunks[0].sharded_state_dict(metadata=metadata)
+    optimizer = run.optimizer.sharded_state_dict(model, metadata=metadata)
+    dist_checkpointing.save({"model": model, "optimizer": optimizer}, str(path), content_metadata=content)
