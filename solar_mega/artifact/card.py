@@ -20,8 +20,8 @@ def model_card(name: str, base: str, architecture: str, layer_map: LayerMap, par
         else f"It has the layers of `{base}`:"
     )
     next_step = (
-        "\nIt has **not** been trained since. A model just grown is worse than its base; "
-        "the paper continues pretraining before anything else.\n"
+        "\nIt has **not** been trained since. A model just grown is worse than its base; the paper continues "
+        "pretraining before anything else.\n"
         if changed
         else ""
     )

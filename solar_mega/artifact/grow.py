@@ -24,7 +24,7 @@ from solar_mega.artifact.safetensors_io import SHARD_BYTES, ShardedWriter, split
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import UserError
 from solar_mega.runtime.files import require_empty, require_space, sync_file
-from solar_mega.runtime.partial import Partial, SideJobs, fingerprint, resumable_directory
+from solar_mega.runtime.partial import Partial, SideJobs, fingerprint, left_behind, resumable_directory
 
 _SPARE = 16 << 20  # bytes of disk beyond the weights: headers, index, tokenizer, directories
 
@@ -156,7 +156,7 @@ def grow(
     if src.path.resolve() in dst.resolve().parents:
         raise UserError(f"DST: {dst} lies inside the source {src.path}; name a directory outside it")
     plan = plan_growth(src, layer_map, dtype, shard_bytes)
-    require_space(dst, plan.nbytes + _SPARE)
+    require_room(plan, dst)
     stop = threading.Event()
     with ThreadPoolExecutor(1) as beside:
         # The parent's hash reads the same files; beside the copy it costs a core, not a second pass.
@@ -178,6 +178,11 @@ def grow(
     return GrowReport(
         dst, len(layer_map), len(plan.moves), plan.parameters, plan.nbytes, plan.shards, seconds
     )
+
+
+def require_room(plan: GrowthPlan, dst: Path) -> None:
+    """Raises UserError when the disk of `dst` cannot take what the plan will write."""
+    require_space(dst, plan.nbytes + _SPARE - left_behind(dst))
 
 
 def _identity(plan: GrowthPlan, dtype: str | None) -> dict[str, Any]:

@@ -12,7 +12,8 @@ _HELP = """usage: solar-mega bench WHAT [OPTIONS]    solar-mega bench WHAT --hel
   dpo      time and peak memory of the DPO loss from hidden states: all logits at once, ours, and peers'
   dpo-step peak memory and time of a DPO step: cached reference, beside TRL with two models
   step     one training step, beside transformers and stock megatron-core
-  merge    merging two 7B models, beside cp and mergekit"""
+  merge    merging two 7B models, beside cp and mergekit
+  convert  every route of the converter on a generated checkpoint, beside cp and mergekit"""
 
 
 def bench(argv: Sequence[str]) -> int:
@@ -43,6 +44,10 @@ def bench(argv: Sequence[str]) -> int:
         from solar_mega.bench import merge
 
         merge.run(parse_options(merge.MergeBench, words, "bench merge"))
+    elif what == "convert":
+        from solar_mega.bench import convert
+
+        convert.run(parse_options(convert.ConvertBench, words, "bench convert"))
     else:
-        raise UserError(f"bench {what}: unknown; allowed: kernels, dpo, dpo-step, step, merge")
+        raise UserError(f"bench {what}: unknown; allowed: kernels, dpo, dpo-step, step, merge, convert")
     return 0

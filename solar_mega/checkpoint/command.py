@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
+_MEMORY = 400 << 20
+"""Resident bytes of moving bytes: the interpreter, torch where values change, and chunks."""
+
+
 @dataclass(frozen=True)
 class ConvertOptions:
     """Write SRC as DST, through a layer map.
@@ -158,7 +162,7 @@ def _check_flags(options: ConvertOptions, kind: str) -> None:
 def _grow(options: ConvertOptions, src: Path, shard_bytes: int) -> int:
     """Hugging Face to Hugging Face."""
     from solar_mega.artifact.cast import weight_dtype
-    from solar_mega.artifact.grow import grow, plan_growth
+    from solar_mega.artifact.grow import grow, plan_growth, require_room
     from solar_mega.artifact.hf import HFDirectory
     from solar_mega.depth.layer_map import LayerMap
     from solar_mega.runtime.files import free_bytes, require_empty
@@ -172,10 +176,12 @@ def _grow(options: ConvertOptions, src: Path, shard_bytes: int) -> int:
     if options.dry_run:
         plan = plan_growth(source, layer_map, dtype, shard_bytes)
         require_empty(options.dst, "DST")
+        require_room(plan, options.dst)
         free = human_bytes(free_bytes(options.dst))
         say(
             f"would write {options.dst}: {len(layer_map)} layers, {human_count(plan.parameters)} parameters, "
-            f"{human_bytes(plan.nbytes)} in {_files(plan.shards)}; free there: {free}"
+            f"{human_bytes(plan.nbytes)} in {_files(plan.shards)}; free there: {free}; memory: at most about "
+            f"{human_bytes(_MEMORY)}"
         )
         return 0
     report = grow(source, options.dst, layer_map, dtype, shard_bytes, Progress)

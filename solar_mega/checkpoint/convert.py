@@ -9,7 +9,6 @@ No route builds a model or needs a GPU. Processes started by torchrun share the 
 """
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from solar_mega.model.architecture import Architecture
 from solar_mega.model.layout import check_layout
 from solar_mega.runtime.console import human_bytes, human_count, say
 from solar_mega.runtime.files import free_bytes, require_empty, require_space
+from solar_mega.runtime.partial import left_behind
 
 _WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 _SPARE = 16 << 20  # bytes beyond the weights: headers, index, tokenizer, config
@@ -84,7 +84,7 @@ def run(job: Conversion, dry_run: bool, progress: ProgressFactory) -> int:
         with together():
             sheet, work = _prepare(job)
             # What a killed run left is counted as free: it is continued or removed.
-            require_space(job.target, sheet.nbytes + _SPARE - _left_behind(job.target))
+            require_space(job.target, sheet.nbytes + _SPARE - left_behind(job.target))
         if dry_run:
             say(
                 f"would write {job.target}: {sheet}\n"
@@ -104,8 +104,7 @@ def _prepare(job: Conversion):
     if not job.source.config:
         raise UserError(
             f"{job.source.path} was not written by solar_mega and has no config; give --hf-config DIR, the "
-            "Hugging "
-            "Face directory whose config.json and tokenizer belong to it"
+            "Hugging Face directory whose config.json and tokenizer belong to it"
         )
     base = Architecture.from_hf(job.source.config, f"{job.source.path}/config.json")
     layer_map = _read_map(job, base.num_layers)
@@ -123,8 +122,7 @@ def _read_map(job: Conversion, layers: int) -> LayerMap:
     if layer_map.fresh:
         raise UserError(
             f'layer map "{layer_map}": target layers {", ".join(map(str, layer_map.fresh[:8]))} are fresh, '
-            "and the "
-            "source has no weights for them; use a map that gives every layer an origin"
+            "and the source has no weights for them; use a map that gives every layer an origin"
         )
     say(layer_map.describe())
     return layer_map
@@ -187,8 +185,7 @@ def _remap(job: Conversion):
         if dtype is not None and stored.states and job.optimizer == "keep":
             raise UserError(
                 f"--dtype {job.dtype} changes the weights, and the optimizer states belong to them as they "
-                "are; leave "
-                "the states out with --optimizer drop"
+                "are; leave the states out with --optimizer drop"
             )
         if dtype is not None and job.zero_copy:
             raise UserError(f"--zero-copy writes no weights, so --dtype {job.dtype} cannot change them")
@@ -247,9 +244,8 @@ def _about(job: Conversion, layer_map: LayerMap) -> dict[str, Any]:
 def _refuse_layout(job: Conversion) -> None:
     if (job.tp, job.pp) != (1, 1):
         raise UserError(
-            "--tp and --pp are for Megatron checkpoints made of Hugging Face directories; what is stored "
-            "in SRC is "
-            "read from any layout"
+            "--tp and --pp are for Megatron checkpoints made of Hugging Face directories; what is stored in "
+            "SRC is read from any layout"
         )
 
 
@@ -257,19 +253,3 @@ def _torch_dtype(name: str):
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def _left_behind(target: Path) -> int:
-    """Bytes that a killed run left for `target`."""
-    from solar_mega.runtime.files import abandoned
-
-    parent = Path(target).absolute().parent
-    if not parent.is_dir():
-        return 0
-    found = [
-        Path(place, name)
-        for left in abandoned(Path(target).absolute())
-        for place, _, names in os.walk(left)
-        for name in names
-    ]
-    return sum(file.stat().st_blocks * 512 for file in found)

@@ -151,8 +151,7 @@ class CheckpointTensors:
             if piece.sizes[0] != 1:
                 raise UserError(
                     f"checkpoint {self.path}: {key} is stored with {piece.sizes[0]} layers in one piece; "
-                    "only one "
-                    "layer per piece is read"
+                    "only one layer per piece is read"
                 )
             rows[piece.offsets[0]].append(Piece(piece.offsets[1:], piece.sizes[1:], piece.place))
         for row, parts in rows.items():
@@ -279,8 +278,8 @@ def _payload(descriptor: int, place: Place, elements: int, dtype: torch.dtype) -
             raise ValueError(f"it holds a {type(described).__name__}, not a tensor")
         if described.dtype != dtype or described.elements != elements:
             raise ValueError(
-                f"it holds {described.elements} elements of {described.dtype}, the index says {elements} "
-                f"of {dtype}"
+                f"it holds {described.elements} elements of {described.dtype}, the index says {elements} of "
+                f"{dtype}"
             )
         entry = names[f"data/{described.storage}"]
         little = "byteorder" not in names or archive.read(names["byteorder"]) == b"little"

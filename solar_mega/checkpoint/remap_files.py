@@ -105,15 +105,15 @@ class Plan:
         if self.arch is None:
             raise UserError(
                 f'layer map "{layer_map}" changes weights, which needs the model\'s config; '
-                f"{self.job.source} was "
-                "not written by solar_mega and has none: convert it --to hf with --hf-config first"
+                f"{self.job.source} was not written by solar_mega and has none: convert it --to hf with "
+                "--hf-config first"
             )
         if self.job.optimizer and self.stored.states:
             raise UserError(
                 f'layer map "{layer_map}" changes the weights of target layers '
-                f"{', '.join(map(str, layer_map.changed[:8]))}, and optimizer states cannot follow; leave "
-                "them out "
-                "with --optimizer drop"
+                f"{', '.join(map(str, layer_map.changed[:8]))}; optimizer states do not follow on disk. "
+                "Leave "
+                "them out with --optimizer drop, or train through the map, which makes them too"
             )
         for g in layer_map.changed:
             for rule in {rule: None for rule, layer in model_rules(self.arch) if layer == 0}:
@@ -193,9 +193,8 @@ class Plan:
 def _check_state(key: str) -> None:
     if ".distributed." in key or "dp_group_idx" in key:
         raise UserError(
-            f"the optimizer states ({key}) are stored by data-parallel rank, not by layer, and cannot "
-            "follow a layer "
-            "map; save them fully_reshardable, or leave them out with --optimizer drop"
+            f"the optimizer states ({key}) are stored by data-parallel rank, not by layer, and cannot follow "
+            "a layer map; save them fully_reshardable, or leave them out with --optimizer drop"
         )
 
 

@@ -48,8 +48,8 @@ def require_space(path: Path, needed: int) -> None:
     free = free_bytes(path)
     if free < needed:
         raise UserError(
-            f"not enough disk space for {path}: {human_bytes(needed)} needed, {human_bytes(free)} free; "
-            "free some or write to another disk"
+            f"not enough disk space for {path}: {human_bytes(needed)} needed, {human_bytes(free)} free; free "
+            "some or write to another disk"
         )
 
 
@@ -87,8 +87,8 @@ def require_empty(path: Path, flag: str) -> None:
     if names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise UserError(
-            f"{flag}: {path} is not empty ({len(names)} entries: {shown}); "
-            "name a new or empty directory, or remove it first"
+            f"{flag}: {path} is not empty ({len(names)} entries: {shown}); name a new or empty directory, or "
+            "remove it first"
         )
 
 
@@ -102,8 +102,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         about = f" ({error.filename})" if error.filename else ""
         raise UserError(
-            f"writing {path} failed: {DISK_ERRORS[error.errno]}{about}; {human_bytes(free_bytes(path))} "
-            "are free there, and nothing unfinished was left behind"
+            f"writing {path} failed: {DISK_ERRORS[error.errno]}{about}; {human_bytes(free_bytes(path))} are "
+            "free there, and nothing unfinished was left behind"
         ) from error
 
 

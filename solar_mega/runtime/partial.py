@@ -140,6 +140,17 @@ class SideJobs:
         return self._waiting[-1]
 
 
+def left_behind(path: Path) -> int:
+    """Bytes on the disk that killed runs left for `path`: the next one continues or removes them."""
+    path = Path(path).absolute()
+    if not path.parent.is_dir():
+        return 0
+    found = [
+        Path(place, name) for left in abandoned(path) for place, _, names in os.walk(left) for name in names
+    ]
+    return sum(file.stat().st_blocks * 512 for file in found)
+
+
 def fingerprint(directory: Path) -> dict[str, list[int]]:
     """{file: [bytes, time of change]} of a directory, which tells whether a source is the one of the plan."""
     found = {}

@@ -287,8 +287,8 @@ def describe(cfg: TrainingConfig, prepared: Prepared, dp: int) -> str:
         (
             f"model     {origin} {prepared.source.path}",
             prepared.layer_map.describe(),
-            f"size      {arch.num_layers} layers, {human_count(arch.parameters())} parameters "
-            f"(source: {prepared.base.num_layers} layers, {human_count(prepared.base.parameters())})",
+            f"size      {arch.num_layers} layers, {human_count(arch.parameters())} parameters (source: "
+            f"{prepared.base.num_layers} layers, {human_count(prepared.base.parameters())})",
             f"layout    tp {parallel.tp} x pp {parallel.pp}{chunks} x dp {dp}, {run.precision}",
             f"training  {run.steps} steps, {human_count(tokens)} tokens, {flops:.2e} FLOP",
             f"output    {cfg.output.dir}",

@@ -235,7 +235,7 @@ KILL = """
             if self.left == 0:
                 os.kill(os.getpid(), signal.{name})
 
-    def progress(total, unit, label):
+    def progress(total, unit, label, initial=0):
         return contextlib.nullcontext(Line({after}))
 """
 
@@ -249,7 +249,7 @@ FILL = """
                     stream.write(bytes(1 << 16))
                     stream.flush()
 
-    def progress(total, unit, label):
+    def progress(total, unit, label, initial=0):
         return contextlib.nullcontext(Line())
 """
 
@@ -264,15 +264,19 @@ class TestFaults:
         assert result.returncode == -getattr(signal, name), result.stderr
         assert_absent(dst)
         assert directory_hash(llama) == before, "the source is only read"
-        assert run_grow(llama, dst).returncode == 0, "a rerun finishes"
+        again = run_grow(llama, dst)
+        assert again.returncode == 0, "a rerun finishes"
+        assert "continuing what a killed run left" in again.stdout
         assert os.listdir(dst.parent) == ["grown"], "and clears what the killed run left"
         assert verify(HFDirectory(llama), HFDirectory(dst), LayerMap.parse("dus:2", 6)).ok
 
     def test_interrupted_from_the_keyboard(self, llama, tmp_path):
         dst = tmp_path / "out" / "grown"
         result = run_grow(llama, dst, KILL.format(name="SIGINT", after=5))
-        assert "KeyboardInterrupt" in result.stderr
-        assert os.listdir(dst.parent) == []
+        assert "KeyboardInterrupt" in result.stderr and "the same command continues" in result.stdout
+        assert_absent(dst)
+        assert run_grow(llama, dst).returncode == 0
+        assert os.listdir(dst.parent) == ["grown"]
 
     def test_a_limit_on_file_size(self, llama, tmp_path):
         """The kernel refuses to write beyond RLIMIT_FSIZE."""

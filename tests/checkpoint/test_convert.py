@@ -237,7 +237,6 @@ BAD = {
         ["mlp.gate_proj.weight has shape [48, 32]; config.json says [50, 32]", "embed_tokens"],
     ),
     "map": ({}, ["--layer-map", "dus:4"], ["m = 4"]),
-    "world": ({}, ["--tp", "2"], ["world size 1"]),
 }
 
 

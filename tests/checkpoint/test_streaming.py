@@ -396,3 +396,10 @@ def test_a_full_disk_leaves_nothing(source, root, tmp_path):
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_kills_leave_nothing_half_done():
+    """One kill of each route at a random point; `tests/campaigns/kill_convert.py` does many."""
+    command = [sys.executable, "-m", "tests.campaigns.kill_convert", "--kills", "1", "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_environment())
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
