@@ -252,36 +252,45 @@ def mergekit_recipe(source: Path, layer_map: Any) -> str:
     return "\n".join([*lines, "merge_method: passthrough", "dtype: bfloat16", ""])
 
 
-def measured(command: list[str]) -> dict[str, Any]:
-    """Runs a command to its end. Raises UserError with the end of its output when it fails.
+# Runs a command and writes down what the kernel counted for it and its children. A small process of its own:
+# a child's largest memory is never less than that of the process it was forked from.
+_COUNTER = """
+import json, os, sys, time
 
-    bash adds up what the kernel counted for the command and its children, which are gone by then.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        io, log = Path(folder, "io"), Path(folder, "log")
-        script = '"$@"; code=$?; cat /proc/$$/io > "$COUNTS"; exit $code'
-        environment = {**os.environ, "COUNTS": str(io)}
-        with open(log, "wb") as output:
-            start = time.perf_counter()
-            process = subprocess.Popen(
-                ["bash", "-c", script, "measured", *command], stdout=output, stderr=output, env=environment
-            )
-            _, status, usage = os.wait4(process.pid, 0)
-            wall = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            tail = log.read_text("utf-8", "replace")[-2000:]
-            raise UserError(f"{' '.join(command[:6])} ... ended with exit code {process.returncode}:\n{tail}")
-        counts = dict(line.split(": ") for line in io.read_text().splitlines())
-    return {
+def counts():
+    return {key: int(value) for key, value in (line.split(": ") for line in open("/proc/self/io"))}
+
+before, start = counts(), time.perf_counter()
+_, status, usage = os.wait4(os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ), 0)
+wall = time.perf_counter() - start
+done = {key: value - before[key] for key, value in counts().items()}
+json.dump(
+    {
         "wall_s": round(wall, 3),
         "cpu_s": round(usage.ru_utime + usage.ru_stime, 3),
         "resident_bytes": usage.ru_maxrss * 1024,
-        "read_bytes": int(counts["rchar"]),
-        "written_bytes": int(counts["wchar"]),
-        "disk_read_bytes": int(counts["read_bytes"]),
-        "disk_written_bytes": int(counts["write_bytes"]),
-    }
+        "read_bytes": done["rchar"],
+        "written_bytes": done["wchar"],
+        "disk_read_bytes": done["read_bytes"],
+        "disk_written_bytes": done["write_bytes"],
+    },
+    open(sys.argv[1], "w"),
+)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def measured(command: list[str]) -> dict[str, Any]:
+    """Runs a command to its end. Raises UserError with the end of its output when it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures, log = Path(folder, "figures"), Path(folder, "log")
+        with open(log, "wb") as output:
+            counter = [sys.executable, "-S", "-E", "-c", _COUNTER, str(figures), *command]
+            code = subprocess.run(counter, stdout=output, stderr=output).returncode
+        if code:
+            tail = log.read_text("utf-8", "replace")[-2000:]
+            raise UserError(f"{' '.join(command[:6])} ... ended with exit code {code}:\n{tail}")
+        return json.loads(figures.read_text())
 
 
 def _evict(directories: Sequence[Path]) -> None:

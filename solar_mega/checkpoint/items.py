@@ -368,7 +368,13 @@ class ItemWriter:
     def write(self, value: Any) -> Place:
         """A tensor, or a small object, as torch.save writes it."""
         start = self._stream.tell()
-        torch.save(value, _Unbuffered(self._stream))
+        sink = _Unbuffered(self._stream)
+        try:
+            torch.save(value, sink)
+        except RuntimeError:  # torch says so of every failed write, a full disk included
+            if sink.error is not None:
+                raise sink.error from None
+            raise
         return Place(self.file, start, self._stream.tell() - start)
 
     def copy(self, descriptor: int, place: Place, advance: Callable[[int], None] | None = None) -> Place:
@@ -389,6 +395,7 @@ class _Unbuffered(io.RawIOBase):
 
     def __init__(self, stream: io.FileIO) -> None:
         self.stream = stream
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         return True
@@ -396,8 +403,12 @@ class _Unbuffered(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         done = 0
-        while done < len(view):
-            done += self.stream.write(view[done:])
+        try:
+            while done < len(view):
+                done += self.stream.write(view[done:])
+        except OSError as error:
+            self.error = error
+            raise
         return done
 
     def tell(self) -> int:

@@ -82,6 +82,7 @@ def _load_targets(root, targets):
     """(made, layout) -> differing tensors against the source's full ones, cut by hand; first steps of the
     loaded run and of one whose every tensor was put in by hand."""
     from megatron.core import dist_checkpointing
+    from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
     from solar_mega.checkpoint.megatron import load_checkpoint, load_tensors
     from solar_mega.checkpoint.store import CheckpointStore
@@ -94,7 +95,10 @@ def _load_targets(root, targets):
     for tp, pp, vpp in targets:
         with layout(tp, pp, vpp, distributed_optimizer=True) as parallel:
             loaded = training.start(arch, parallel, KIND)
-            contents = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(loaded.chunks)}
+            apart = ensure_metadata_has_dp_cp_group({"non_homogeneous_layers": True})
+            contents = {
+                f"model{i}": chunk.sharded_state_dict(metadata=apart) for i, chunk in enumerate(loaded.chunks)
+            }
             read = dist_checkpointing.load(contents, str(imported), strict="raise_all")
             count = sum(len(read[key]) for key in contents)
             results["imported", (tp, pp, vpp)] = (count, [], None)
