@@ -172,41 +172,43 @@ def _remap(job: Conversion):
     ours = (job.source.path / RUN_STATE).is_file()
     if ours:
         check_files(job.source.path)
-    with CheckpointTensors(job.source.path) as stored:
-        layer_map = _read_map(job, stored.layers)
-        kinds = {held.dtype for held in stored.weights.values()}
-        dtype = None if job.dtype is None else _torch_dtype(job.dtype)
-        if dtype is not None and kinds == {dtype}:
-            dtype = None
-        if dtype is not None and job.dtype == "fp16":
-            raise UserError(
-                "--dtype fp16 is for Hugging Face directories; Megatron checkpoints are fp32 or bf16"
-            )
-        if dtype is not None and stored.states and job.optimizer == "keep":
-            raise UserError(
-                f"--dtype {job.dtype} changes the weights, and the optimizer states belong to them as they "
-                "are; leave the states out with --optimizer drop"
-            )
-        if dtype is not None and job.zero_copy:
-            raise UserError(f"--zero-copy writes no weights, so --dtype {job.dtype} cannot change them")
-        config = job.source.config if ours else None
-        task = Remap(
-            job.source.path,
-            job.target,
-            layer_map,
-            None if config is None else grown_config(config, layer_map),
-            config,
-            dtype,
-            job.optimizer == "keep",
-            job.shard_bytes,
+    stored = CheckpointTensors(job.source.path)
+    layer_map = _read_map(job, stored.layers)
+    kinds = {held.dtype for held in stored.weights.values()}
+    dtype = None if job.dtype is None else _torch_dtype(job.dtype)
+    if dtype is not None and kinds == {dtype}:
+        dtype = None
+    if dtype is not None and job.dtype == "fp16":
+        raise UserError("--dtype fp16 is for Hugging Face directories; Megatron checkpoints are fp32 or bf16")
+    if dtype is not None and stored.states and job.optimizer == "keep":
+        raise UserError(
+            f"--dtype {job.dtype} changes the weights, and the optimizer states belong to them as they "
+            "are; leave the states out with --optimizer drop"
         )
-        plan = Plan(task, stored)
-        largest = max(held.nbytes for held in stored.tensors.values())
-        items = {piece[2] for entry in plan.entries for piece in entry.pieces}
-        moved = sum(place.length for place in (plan.made if job.zero_copy else items))
+    if dtype is not None and job.zero_copy:
+        raise UserError(f"--zero-copy writes no weights, so --dtype {job.dtype} cannot change them")
+    config = job.source.config if ours else None
+    task = Remap(
+        job.source.path,
+        job.target,
+        layer_map,
+        None if config is None else grown_config(config, layer_map),
+        config,
+        dtype,
+        job.optimizer == "keep",
+        job.shard_bytes,
+    )
+    plan = Plan(task, stored)
+    largest = max(held.nbytes for held in stored.tensors.values())
+    moved = sum(place.length for place in plan.made) if job.zero_copy else _stored_bytes(plan)
     words = ", links" if job.zero_copy else " (layers with the same bytes share them)"
     sheet = Sheet(len(layer_map), _elements(plan), moved, _IMPORTS + _COPIES * largest, words)
-    return sheet, lambda progress: _write_remapped(job, task, layer_map, progress)
+    return sheet, lambda progress: _write_remapped(job, plan, layer_map, progress)
+
+
+def _stored_bytes(plan: Any) -> int:
+    """Of all items that the target needs, each once."""
+    return sum(place.length for place in {piece[2] for entry in plan.entries for piece in entry.pieces})
 
 
 def _elements(plan: Any) -> int:
@@ -218,7 +220,7 @@ def _elements(plan: Any) -> int:
     return sum(math.prod(entry.shape) for entry in weights)
 
 
-def _write_remapped(job: Conversion, task: Any, layer_map: LayerMap, progress: ProgressFactory) -> None:
+def _write_remapped(job: Conversion, plan: Any, layer_map: LayerMap, progress: ProgressFactory) -> None:
     from solar_mega.checkpoint.remap_files import copy, zero_copy
     from solar_mega.checkpoint.sharing import alone
 
@@ -226,10 +228,11 @@ def _write_remapped(job: Conversion, task: Any, layer_map: LayerMap, progress: P
     if job.zero_copy:
         if not alone():
             raise UserError("--zero-copy takes milliseconds in one process; start it without torchrun")
-        if zero_copy(task, about):
+        if zero_copy(plan, about):
             return
         say(f"{job.target} cannot hold links to {job.source.path} (another file system?); copying instead")
-    copy(task, about, progress)
+        require_space(job.target, _stored_bytes(plan) + _SPARE)
+    copy(plan, about, progress)
 
 
 def _about(job: Conversion, layer_map: LayerMap) -> dict[str, Any]:

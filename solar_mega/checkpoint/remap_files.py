@@ -211,11 +211,10 @@ def _object_keys(name: str, slash: str, shard: str, copies: dict[int, list[int]]
     return [f"{name}{slash}{shard}"]
 
 
-def zero_copy(job: Remap, about: dict[str, Any]) -> bool:
+def zero_copy(plan: Plan, about: dict[str, Any]) -> bool:
     """Writes `job.target` by links; False, with nothing written, where the file system does not link these
     files. For one process. Raises UserError when the source is damaged or the target cannot be written."""
-    stored = CheckpointTensors(job.source)
-    plan = Plan(job, stored)
+    job, stored = plan.job, plan.stored
     try:
         with atomic_directory(job.target) as partial:
             place = checkpoint_place(job, partial)
@@ -241,13 +240,12 @@ def _write_made(plan: Plan, place: Path) -> dict[Place, Place]:
         return {where: writer.write(plan.make(where, sizes[where])) for where in plan.made}
 
 
-def copy(job: Remap, about: dict[str, Any], progress: ProgressFactory) -> None:
+def copy(plan: Plan, about: dict[str, Any], progress: ProgressFactory) -> None:
     """Writes `job.target` by copying the items it needs, each once. Collective over all ranks.
 
     Raises UserError as `zero_copy`, and for values that the dtype cannot hold.
     """
-    stored = CheckpointTensors(job.source)
-    plan = Plan(job, stored)
+    job, stored = plan.job, plan.stored
     units = _units(job, plan.entries)
     with shared_directory(job.target, _identity(job)) as partial:
         done = partial.done()
@@ -265,7 +263,6 @@ def copy(job: Remap, about: dict[str, Any], progress: ProgressFactory) -> None:
                 place = checkpoint_place(job, partial.path)
                 write_index(place, _index(plan.entries, stored.index, places.__getitem__, job.dtype))
                 _surroundings(job, place, about, linked=False)
-    stored.close()
 
 
 def checkpoint_place(job: Remap, root: Path) -> Path:
