@@ -165,7 +165,7 @@ def _export(job: Conversion, base: Architecture, arch: Architecture, layer_map: 
 def _remap(job: Conversion):
     from solar_mega.artifact.hf import grown_config
     from solar_mega.checkpoint.items import CheckpointTensors
-    from solar_mega.checkpoint.remap_files import Plan, Remap
+    from solar_mega.checkpoint.remap_plan import Plan, Remap
     from solar_mega.checkpoint.run_state import RUN_STATE, check_files
 
     _refuse_layout(job)

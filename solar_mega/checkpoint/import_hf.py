@@ -22,7 +22,8 @@ from solar_mega.artifact.hf import HFDirectory
 from solar_mega.artifact.layer_source import MappedSource
 from solar_mega.artifact.progress import ProgressFactory
 from solar_mega.checkpoint.index import IndexBuilder, Place, write_index
-from solar_mega.checkpoint.items import ItemWriter, extra_state_key, stored_key
+from solar_mega.checkpoint.item_format import ItemWriter
+from solar_mega.checkpoint.items import extra_state_key, stored_key
 from solar_mega.checkpoint.names import EMBEDDING, Rule, hf_names, hf_shapes, model_rules
 from solar_mega.checkpoint.sharing import my_share, shared_directory, together
 from solar_mega.checkpoint.tensors import Loaded, cast_to, owns_memory, pieces_of, whole_shape

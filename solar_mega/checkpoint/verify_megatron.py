@@ -21,7 +21,7 @@ from solar_mega.artifact.verify import Difference, VerifyReport, config_differen
 from solar_mega.checkpoint.from_hf import check_source
 from solar_mega.checkpoint.items import STATES, CheckpointTensors, per_layer
 from solar_mega.checkpoint.names import hf_shapes
-from solar_mega.checkpoint.remap_files import Plan, Remap
+from solar_mega.checkpoint.remap_plan import Plan, Remap
 from solar_mega.checkpoint.run_state import RUN_STATE, check_files, read_run_state
 from solar_mega.checkpoint.views import MegatronView, read_whole
 from solar_mega.depth.layer_map import LayerMap
