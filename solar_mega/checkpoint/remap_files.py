@@ -46,15 +46,26 @@ def zero_copy(plan: Plan, about: dict[str, Any]) -> bool:
             place = checkpoint_place(job, partial)
             used = {piece[2].file for entry in plan.entries for piece in entry.pieces} - {MADE}
             for file in sorted(used):
-                os.link(job.source / file, place / file)
+                _link(job.source / file, place / file)
             made = _write_made(plan, place)
             write_index(place, _index(plan.entries, stored.index, lambda where: made.get(where, where)))
             _surroundings(job, place, about, linked=True)
-    except OSError as error:
-        if error.errno in _NO_LINKS and error.filename2 is not None:
-            return False
-        raise
+    except _NoLinksError:
+        return False
     return True
+
+
+class _NoLinksError(Exception):
+    """These two places cannot share a file."""
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            raise _NoLinksError from error
+        raise
 
 
 def _write_made(plan: Plan, place: Path) -> dict[Place, Place]:

@@ -1,5 +1,6 @@
 """Conversions on disk: what stock Megatron reads and writes, links, optimizer states, kills, bad input."""
 
+import errno
 import json
 import os
 import pickle
@@ -245,11 +246,10 @@ def test_maps_that_change_weights(root, tmp_path, capsys):
             assert stored.read("decoder.layers.2.mlp.linear_fc2.weight").any()
 
 
-def test_across_file_systems_it_copies_and_says_so(root, tmp_path, capsys, monkeypatch):
-    import errno
-
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM])
+def test_across_file_systems_it_copies_and_says_so(root, tmp_path, capsys, monkeypatch, number):
     def refuse(source, target, **_):
-        raise OSError(errno.EXDEV, "Invalid cross-device link", str(source), None, str(target))
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
 
     monkeypatch.setattr(os, "link", refuse)  # a second file system is not to be had in every test environment
     made = tmp_path / "made"
