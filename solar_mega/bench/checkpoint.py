@@ -1,5 +1,6 @@
 """A generated checkpoint of any size, streamed to disk: memory does not grow with it."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,9 +42,10 @@ def generate(directory: Path, shape: Shape) -> int:
     require_space(directory, total + (16 << 20))
     drawn = numpy.random.default_rng(0).standard_normal(_CHUNK, dtype=numpy.float32) * numpy.float32(0.02)
     bits = (drawn.view(numpy.uint32) >> 16).astype(numpy.uint16)
+    largest = max(2 * math.prod(size) for size in shapes.values())
     with (
         atomic_directory(directory) as place,
-        ShardedWriter(place, -(-total // shape.shards) + (1 << 20)) as writer,
+        ShardedWriter(place, total // shape.shards + largest) as writer,
         Progress(total, "bytes", "generate") as line,
     ):
         writer.plan([(name, "BF16", size) for name, size in shapes.items()])

@@ -125,8 +125,8 @@ def _load_targets(root, targets):
 @pytest.fixture(scope="module")
 def loaded(root):
     results = []
-    for world in (6, 4, 2):
-        targets = [t for t in TARGETS if t[0] * t[1] == world or world == 4 and t == (1, 1, 1)]
+    for world in (6, 4):
+        targets = [t for t in TARGETS if (t == (2, 3, 1)) == (world == 6)]
         results += run_ranks(_load_targets, world, root, targets)
     return results
 
@@ -382,12 +382,7 @@ def test_nans_are_bits_like_others(source, tmp_path):
 
 def test_a_full_disk_leaves_nothing(source, root, tmp_path):
     """A limit on file sizes answers as a full disk does."""
-    for words in (
-        (source, "--to", "megatron"),
-        (source, "--to", "hf"),
-        (root / "tp2pp2", "--to", "hf"),
-        (root / "tp2pp2", "--to", "megatron"),
-    ):
+    for words in ((source, "--to", "megatron"), (root / "tp2pp2", "--to", "hf")):
         code = (
             "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
             "from solar_mega.__main__ import main; sys.exit(main(sys.argv[1:]))"

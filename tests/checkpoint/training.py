@@ -109,10 +109,13 @@ def differences(path, run: Run, layer_map, with_optimizer: bool = True) -> tuple
 def put_by_hand(path, run: Run, layer_map, step: int) -> None:
     """Fills weights, master weights and moments with what `pairs_by_hand` cuts, and sets all step
     counters."""
+    inner = run.optimizer.chained_optimizers[0].optimizer
+    for group in inner.param_groups:
+        for main in group["params"]:
+            zeros = {key: torch.zeros_like(main) for key in ("exp_avg", "exp_avg_sq")}
+            inner.state[main] = {"step": torch.tensor(float(step)), **zeros}
     for _, mine, expected in pairs_by_hand(path, run, layer_map, True):
         mine.copy_(expected)
-    for state in run.optimizer.chained_optimizers[0].optimizer.state.values():
-        state["step"].fill_(step)
 
 
 def pairs_by_hand(path, run: Run, layer_map, with_optimizer: bool):
