@@ -53,7 +53,10 @@ VERBS = {
         "solar_mega.evaluate.paper_tables:tables",
         "the paper's tables, published figures beside ours",
     ),
-    "bench": ("solar_mega.bench.command:bench", "benchmarks beside peers: kernels, dpo, step, merge"),
+    "bench": (
+        "solar_mega.bench.command:bench",
+        "benchmarks beside peers: kernels, dpo, step, merge, evaluate",
+    ),
 }
 """Verb -> (`module:function`, one line of help). Imported when called: a verb costs nothing until it is used.
 The function takes the words after the verb and returns an exit code (None is 0)."""

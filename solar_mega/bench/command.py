@@ -13,7 +13,8 @@ _HELP = """usage: solar-mega bench WHAT [OPTIONS]    solar-mega bench WHAT --hel
   dpo-step peak memory and time of a DPO step: cached reference, beside TRL with two models
   step     one training step, beside transformers and stock megatron-core
   merge    merging two 7B models, beside cp and mergekit
-  convert  every route of the converter on a generated checkpoint, beside cp and mergekit"""
+  convert  every route of the converter on a generated checkpoint, beside cp and mergekit
+  evaluate the paper's tasks, beside lm-evaluation-harness's own transformers model"""
 
 
 def bench(argv: Sequence[str]) -> int:
@@ -48,6 +49,15 @@ def bench(argv: Sequence[str]) -> int:
         from solar_mega.bench import convert
 
         convert.run(parse_options(convert.ConvertBench, words, "bench convert"))
+    elif what == "evaluate":
+        from solar_mega.bench import evaluate
+        from solar_mega.evaluate.command import prepare_harness
+
+        options = parse_options(evaluate.EvaluateBench, words, "bench evaluate")
+        prepare_harness()
+        evaluate.run(options)
     else:
-        raise UserError(f"bench {what}: unknown; allowed: kernels, dpo, dpo-step, step, merge, convert")
+        raise UserError(
+            f"bench {what}: unknown; allowed: kernels, dpo, dpo-step, step, merge, convert, evaluate"
+        )
     return 0

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solar_mega.evaluate.packing import Batch, GroupLayout
+from solar_mega.evaluate.packing import GroupLayout
 
 
 @dataclass
@@ -32,9 +32,15 @@ class RowPlan:
     """A row of groups. With a cache, the groups are prompts (no suffixes) and their keys are kept."""
 
     groups: list[GroupLayout]
-    masks: list[Tensor | None]
-    """Per group: which of its tokens [suffix tokens, group tokens] each suffix token sees."""
+    device: torch.device
     cache: KVCache | None = None
+    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def mask(self, group: int, window: int | None) -> Tensor:
+        """`suffix_mask` of a group, made once for all layers with that window."""
+        if (group, window) not in self.masks:
+            self.masks[group, window] = suffix_mask(self.groups[group], window).to(self.device)
+        return self.masks[group, window]
 
 
 @dataclass
@@ -51,14 +57,9 @@ class DecodePlan:
 Plan = RowPlan | DecodePlan
 
 
-def plan_row(batch: Batch, window: int | None, device: torch.device, cache: KVCache | None = None) -> RowPlan:
-    """`window`: how many positions back, itself included, a token sees; None for all."""
-    masks = [suffix_mask(group, window).to(device) if group.suffixes else None for group in batch.groups]
-    return RowPlan(batch.groups, masks, cache)
-
-
 def suffix_mask(group: GroupLayout, window: int | None) -> Tensor:
-    """bool [suffix tokens, prefix + suffix tokens]: the prefix, and its own suffix up to itself."""
+    """bool [suffix tokens, prefix + suffix tokens]: what suffix tokens see, the prefix and their own suffix
+    up to themselves; of these, with a `window`, only so many positions back, themselves included."""
     lengths = torch.tensor(group.suffixes)
     owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     begin = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
@@ -89,13 +90,14 @@ class PlannedAttention(nn.Module):
         if self.plan.cache is not None:
             self._remember(key, value, self.plan)
         parts = []
-        for group, mask in zip(self.plan.groups, self.plan.masks, strict=True):
+        for number, group in enumerate(self.plan.groups):
             prefix = slice(group.start, group.start + group.prefix)
             whole = slice(group.start, group.start + group.size)
             if group.prefix:
                 parts.append(self.inner(query[prefix], key[prefix], value[prefix], *args, **options))
-            if mask is not None:
+            if group.suffixes:
                 suffix = slice(prefix.stop, whole.stop)
+                mask = self.plan.mask(number, self.window)
                 parts.append(self._masked(query[suffix], key[whole], value[whole], mask))
         return torch.cat(parts)
 

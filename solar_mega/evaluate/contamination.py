@@ -150,7 +150,7 @@ def write_neighbours(
             temperature=plan.temperature,
             seed=plan.seed * 100_003 + at,
             suppress=tuple(reference_tokenizer.all_special_ids),
-            batch_rows=_GROUP * 4,
+            batch_rows=64,
             label=f"neighbours {at + len(group)}/{len(order)}" if at % (8 * _GROUP) == 0 else None,
         )
         prompts = [[*bos, *start] for start in starts for _ in range(plan.neighbours)]

@@ -71,7 +71,7 @@ class Generator:
 
             self.tokenizer = AutoTokenizer.from_pretrained(str(how.tokenizer), local_files_only=True)
         capacity = max(map(len, prompts)) + how.max_tokens
-        cache, hidden = self.model.prefill(prompts, capacity)
+        cache, hidden = self._prefill(prompts, capacity)
         texts: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
         noise = [_generator(how.seed, number) for number in numbers]
@@ -92,6 +92,17 @@ class Generator:
             (number, Generation(tuple(text), end))
             for number, text, end in zip(numbers, texts, ended, strict=True)
         ]
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[KVCache, Tensor | None]:
+        """Equal prompts (samples of one) are read once."""
+        places: dict[tuple[int, ...], int] = {}
+        rows = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+        cache, hidden = self.model.prefill(list(places), capacity)
+        if len(places) == len(rows):
+            return cache, hidden
+        repeated = torch.tensor(rows, device=self.model.device)
+        _keep(cache, repeated)
+        return cache, None if hidden is None else hidden[repeated]
 
     def _choose(
         self, hidden: Tensor | None, active: Tensor, noise: list[torch.Generator], how: Decoding

@@ -28,10 +28,11 @@ from solar_mega.checkpoint.source import Source, open_source
 from solar_mega.config.schema import ParallelConfig, Precision
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import UserError
-from solar_mega.evaluate.attention import DecodePlan, KVCache, Plan, PlannedAttention, plan_row
+from solar_mega.evaluate.attention import DecodePlan, KVCache, Plan, PlannedAttention, RowPlan
 from solar_mega.evaluate.generation import Decoding, Generation, Generator
 from solar_mega.evaluate.packing import Batch, Request, make_batches, prompt_batch
 from solar_mega.model.architecture import Architecture
+from solar_mega.model.attention import window_of
 from solar_mega.model.builder import build_model
 from solar_mega.model.layout import check_layout
 from solar_mega.ops.token_logprob import token_logprob_with_metrics
@@ -106,7 +107,7 @@ class ShardedModel:
         self.tp_rank = mpu.get_tensor_model_parallel_rank()
         self.replica, self.replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         self.leads = ranks.is_main()
-        self.attentions = _plan_attention(self.chunk, arch)
+        self.attentions = _plan_attention(self.chunk)
         if self.last:
             tied = self.chunk.share_embeddings_and_output_weights
             head = self.chunk.shared_embedding_or_output_weight() if tied else self.chunk.output_layer.weight
@@ -205,7 +206,7 @@ class ShardedModel:
     def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[KVCache, Tensor | None]:
         """Reads prompts into a cache of `capacity` positions; hidden states [r, h] of their last tokens."""
         batch, cache = prompt_batch(prompts), KVCache(capacity)
-        hidden = self.forward(*self._inputs(batch), plan_row(batch, self._window, self.device, cache))
+        hidden = self.forward(*self._inputs(batch), RowPlan(batch.groups, self.device, cache))
         return cache, None if hidden is None else hidden[torch.as_tensor(batch.rows, device=self.device)]
 
     def decode(self, cache: KVCache, tokens: Tensor, positions: Tensor, used: int) -> Tensor | None:
@@ -217,7 +218,7 @@ class ShardedModel:
         return torch.nn.functional.linear(hidden, self.head_weight)
 
     def _score_batch(self, batch: Batch) -> list[tuple[int, Score]]:
-        hidden = self.forward(*self._inputs(batch), plan_row(batch, self._window, self.device))
+        hidden = self.forward(*self._inputs(batch), RowPlan(batch.groups, self.device))
         if hidden is None:
             return []
         rows = torch.as_tensor(batch.rows, device=self.device)
@@ -233,10 +234,6 @@ class ShardedModel:
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return tuple(torch.as_tensor(x, device=self.device) for x in (batch.tokens, batch.positions))
-
-    @property
-    def _window(self) -> int | None:
-        return self.arch.sliding_window
 
     def _neighbour(self, step: int) -> int:
         return dist.get_global_rank(self.pp_group, dist.get_rank(self.pp_group) + step)
@@ -261,11 +258,12 @@ def _load(chunk, source: Source, arch: Architecture, parallel: ParallelConfig) -
         load_weights([chunk], HFDirectory(source.path).tensors, arch, identity, parallel)
 
 
-def _plan_attention(chunk, arch: Architecture) -> list[PlannedAttention]:
+def _plan_attention(chunk) -> list[PlannedAttention]:
     planned = []
-    for number, layer in enumerate(chunk.decoder.layers):
+    for layer in chunk.decoder.layers:
         core = layer.self_attention.core_attention
-        wrapped = PlannedAttention(core, number, arch.sliding_window, getattr(core, "scale", None))
+        window = window_of(chunk.config, layer.layer_number)
+        wrapped = PlannedAttention(core, layer.layer_number, window, getattr(core, "scale", None))
         layer.self_attention.core_attention = wrapped
         planned.append(wrapped)
     return planned

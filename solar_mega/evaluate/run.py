@@ -75,13 +75,23 @@ class Evaluation:
             raise UserError(f"--tasks {' '.join(unknown)}: unknown task{_nearest(unknown[0], known)}")
 
     def run(self, lm: Any, folder: Path, model_key: str) -> list[TaskScore]:
-        """`lm`: any model of lm-evaluation-harness. Raises UserError when a task's data cannot be had."""
+        """`lm`: any model of lm-evaluation-harness. Says every score as it is known. Raises UserError when a
+        task's data cannot be had."""
         scores = []
         for plan in self.plans:
+            scores += self.run_quietly([plan], lm, folder, model_key)
+            say(describe(scores[-1]))
+        return scores
+
+    def run_quietly(
+        self, plans: Iterable[TaskPlan], lm: Any, folder: Path, model_key: str
+    ) -> list[TaskScore]:
+        """Some of the tasks."""
+        scores = []
+        for plan in plans:
             units = [unit for unit in plan.units if self.files is None or unit in self.files]
             results = {unit: self._unit(lm, plan, unit, folder, model_key) for unit in units}
             scores.append(_combined(plan, results))
-            say(describe(scores[-1]))
         return scores
 
     def _unit(self, lm: Any, plan: TaskPlan, unit: str, folder: Path, model_key: str) -> dict[str, Any]:
