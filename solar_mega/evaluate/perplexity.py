@@ -1,7 +1,7 @@
 """Perplexity of texts of any length: every token is predicted exactly once, in overlapping windows.
 
-    stride 3, context 5, BOS 0 1 2 3 4 5 6 7:      BOS 0 1 2 3  scores 0 1 2 3 4
-                                                       3 4 5 6 (7) ... scores 5 6 7 after at least 2 before
+    tokens 0 ... 7, context 5, stride 3      read     BOS 0 1 2 3      2 3 4 5 6
+                                             score    0 1 2 3 4            5 6 7
 
 With windows end to end (stride = context) the first tokens of each have almost nothing before them, and
 perplexity comes out too high.

@@ -7,7 +7,8 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -181,33 +182,29 @@ def _nearest(name: str, known: set[str]) -> str:
     return f"; did you mean {near[0]}?" if near else "; `lm-eval ls tasks` lists all"
 
 
-class _hub_errors:  # noqa: N801  reads as a statement
+# httpx, requests, datasets and huggingface_hub each have their own.
+_NO_DATA = {
+    "ConnectionError",
+    "ConnectError",
+    "OfflineModeIsEnabled",
+    "LocalEntryNotFoundError",
+    "HfHubHTTPError",
+    "DatasetNotFoundError",
+    "TransportError",
+}
+
+
+@contextmanager
+def _hub_errors(plan: TaskPlan) -> Iterator[None]:
     """Data that cannot be fetched becomes an error that says which file goes where."""
-
-    def __init__(self, plan: TaskPlan) -> None:
-        self.plan = plan
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        # httpx, requests, datasets and huggingface_hub each have their own; all of them are ConnectionErrors
-        # or say so in their name.
-        names = {base.__name__ for base in type(error).__mro__} if error is not None else set()
-        signs = (
-            "ConnectionError",
-            "ConnectError",
-            "OfflineModeIsEnabled",
-            "LocalEntryNotFoundError",
-            "HfHubHTTPError",
-            "DatasetNotFoundError",
-            "TransportError",
-        )
-        if not names & set(signs):
-            return
+    try:
+        yield
+    except Exception as error:
+        if not {base.__name__ for base in type(error).__mro__} & _NO_DATA:
+            raise
         raise UserError(
-            f"{self.plan.title}: its data set cannot be reached on the hub ({type(error).__name__}). Without "
-            f"network give --data DATA with these files:\n{which_files([self.plan])}"
+            f"{plan.title}: its data set cannot be reached on the hub ({type(error).__name__}). Without "
+            f"network give --data DATA with these files:\n{which_files([plan])}"
         ) from error
 
 
