@@ -55,7 +55,7 @@ VERBS = {
     ),
     "bench": (
         "solar_mega.bench.command:bench",
-        "benchmarks beside peers: kernels, dpo, step, merge, evaluate",
+        "benchmarks, each beside its peers",
     ),
 }
 """Verb -> (`module:function`, one line of help). Imported when called: a verb costs nothing until it is used.
