@@ -111,7 +111,10 @@ def plot(results: Sequence[ModelResult], path: Path) -> None:
     with_h6 = any(result.h6() is not None for result in results)
     groups = (["H6 (Avg.)"] if with_h6 else []) + titles
     width = 0.8 / len(results)
-    figure, axis = plt.subplots(figsize=(max(6.0, 1.0 + 1.25 * len(groups)), 4.4))
+    many = len(results) > 4  # then the legend is a column of its own
+    colours = _COLOURS if len(results) <= len(_COLOURS) else plt.colormaps["tab20"].colors
+    inches = max(6.0, 1.0 + (2.0 if many else 1.25) * len(groups)) + (2.6 if many else 0.0)
+    figure, axis = plt.subplots(figsize=(inches, 4.4))
     for number, result in enumerate(results):
         by_title = {score.title: (score.value, score.stderr) for score in result.scores}
         if (h6 := result.h6()) is not None:
@@ -128,7 +131,7 @@ def plot(results: Sequence[ModelResult], path: Path) -> None:
             values,
             width * 0.92,
             label=result.name,
-            color=_COLOURS[number % len(_COLOURS)],
+            color=colours[number % len(colours)],
             yerr=errors,
             error_kw={"elinewidth": 0.9, "ecolor": "#22303c", "capsize": 2},
         )
@@ -137,12 +140,16 @@ def plot(results: Sequence[ModelResult], path: Path) -> None:
                 axis.annotate(f"{value:.1f}", (place, value + error + 1), ha="center", fontsize=7)
     axis.set_xticks(range(len(groups)), groups)
     axis.set_ylim(0, 105)
-    axis.set_ylabel("score, percent (bars: one standard error)")
+    axis.set_ylabel("score, percent (whiskers: one standard error)")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#dfe5ea", linewidth=0.8)
     axis.set_axisbelow(True)
-    figure.legend(frameon=False, ncols=min(len(results), 4), loc="upper center", fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 0.93 if len(results) <= 4 else 0.88))
+    if many:
+        figure.legend(frameon=False, loc="center right", fontsize=8)
+        figure.tight_layout(rect=(0, 0, 1 - 2.5 / inches, 1))
+    else:
+        figure.legend(frameon=False, ncols=len(results), loc="upper center", fontsize=9)
+        figure.tight_layout(rect=(0, 0, 1, 0.93))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
