@@ -4,6 +4,7 @@ stage of the recipe runs on any machine without a download:
     alpaca_gpt4.json       instruction, input, output           tasks on words
     openorca.jsonl         id, system_prompt, question, response  tasks on numbers, with a system message
     math.jsonl             problem, level, type, solution        seeds for Synth. Math-Instruct
+    math_replay.jsonl      prompt, text                          what a model says to `synthesize` about them
     ultrafeedback.jsonl    prompt, chosen, rejected, scores       right answers before wrong and idle ones
     orca_dpo.jsonl         system, question, chosen, rejected
 
@@ -13,10 +14,12 @@ What a model of half a million weights learns from them is to answer in form; sc
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from solar_mega.data import math_prompts
 from solar_mega.runtime.files import atomic_file
 
 _SEED = 20231224
@@ -42,7 +45,29 @@ def write_lessons(folder: Path) -> list[str]:
             else:
                 stream.writelines(json.dumps(row) + "\n" for row in rows)
         lines.append(f"{folder / name}: {count} rows")
+    seeds = [json.loads(line) for line in (folder / "math.jsonl").read_text("utf-8").splitlines()]
+    recorded = [answer for number, seed in enumerate(seeds) for answer in _recorded(seed, number)]
+    with atomic_file(folder / "math_replay.jsonl") as stream:
+        stream.writelines(json.dumps(answer) + "\n" for answer in recorded)
+    lines.append(f"{folder / 'math_replay.jsonl'}: {len(recorded)} rows")
     return lines
+
+
+def _recorded(seed: dict[str, Any], number: int) -> list[dict[str, str]]:
+    """The problem in other words, and that solved; every eighth answer is wrong, to be found out."""
+    a, b = (int(word) for word in re.findall(r"\d+", seed["problem"]))
+    if seed["problem"].startswith("What is"):
+        question = f"Two numbers, {a} and {b}, are put together. Find their sum."
+    else:
+        question = f"When {a} is taken from a number, {b} is left. Find the number."
+    answer = a + b + (number % 8 == 7)
+    text = (
+        f"We need {a} and {b} together. Counting on from {a} by {b} gives {answer}.\n\n$\\boxed{{{answer}}}$"
+    )
+    return [
+        {"prompt": math_prompts.rephrase(seed["problem"]), "text": question},
+        {"prompt": math_prompts.solve(question), "text": text},
+    ]
 
 
 def _word_task(draw: random.Random) -> tuple[str, str, str, str]:

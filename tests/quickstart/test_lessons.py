@@ -42,6 +42,19 @@ def test_every_pair_is_read_and_prefers_something(lessons, format, file, rows):
     assert all(pair.chosen != pair.rejected for pair in found)
 
 
+def test_recorded_answers_make_both_synthetic_sets(lessons, tmp_path):
+    pytest.importorskip("math_verify")
+    from solar_mega.data.generators import ReplayGenerator
+    from solar_mega.data.synthesize import synthesize
+
+    replay = ReplayGenerator(lessons / "math_replay.jsonl")
+    report = synthesize(DatasetSpec("math", str(lessons / "math.jsonl")), replay, tmp_path)
+    assert report.kept == {"rephrased": 105}  # of 120, every eighth wrong
+    assert report.dropped == {"rephrased: another answer than the seed's": 15}
+    pairs, _ = read_pairs(DatasetSpec("plain", str(tmp_path / "alignment.jsonl")), PairOptions(strict=True))
+    assert len(pairs) == 105
+
+
 def test_mathematics_is_right(lessons):
     rows = [json.loads(line) for line in (lessons / "math.jsonl").read_text().splitlines()]
     sums = [row for row in rows if row["problem"].startswith("What is")]
