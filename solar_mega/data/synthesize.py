@@ -199,7 +199,7 @@ def synthesize(
         for row in alignment(rows):
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
     with atomic_file(output / REPORT) as stream:
-        content = {**asdict(report), "generator": generator.name, "kinds": list(kinds), "samples": samples}
+        content = {**vars(report), "generator": generator.name, "kinds": list(kinds), "samples": samples}
         stream.write(json.dumps(content, indent=1) + "\n")
     return report
 
