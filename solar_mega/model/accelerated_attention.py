@@ -1,6 +1,6 @@
 """Core attention through optional libraries for GPUs: flash-attn and Transformer Engine.
 
-Each takes [s, b, heads, d] or, for packed samples, their own layout [tokens, heads, d].
+Each takes [s, b, heads, d], and hands packed samples on in the libraries' layout [tokens, heads, d].
 """
 
 import torch
@@ -109,3 +109,8 @@ class TransformerEngineAttention(nn.Module):
             packed_seq_params=packed_seq_params,
         )
         return context.reshape(query.shape[0], 1, -1)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None) -> dict:
+        """Nothing: no weights, and Transformer Engine's own state is that of FP8, so that checkpoints are the
+        same under any attention."""
+        return {}
