@@ -54,6 +54,9 @@ _EVERY = ("_step", "_period", "_n_layers")  # 1 in these means "every layer"
 # number, unless `layer_types` says it layer by layer.
 _WINDOW_PERIOD = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
 
+# The first layer with a sliding window where the config names none.
+_FIRST_WINDOW = {"qwen2": 28, "qwen3": 28}
+
 # Lists that may happen to be as long as the model is deep, but are not about layers.
 _NOT_PER_LAYER = re.compile(
     r"(^architectures|_ids?|_tokens|_sections?|_sizes?|_strides?|_kernels?|languages)$"
@@ -245,7 +248,7 @@ def _implied_layer_types(config: dict[str, Any]) -> list[str] | None:
     period = config.get("sliding_window_pattern", _WINDOW_PERIOD.get(config.get("model_type", "")))
     if type(period) is int and period > 1:
         return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n)]
-    first = config.get("max_window_layers")
+    first = config.get("max_window_layers", _FIRST_WINDOW.get(config.get("model_type", "")))
     if config.get("use_sliding_window") and type(first) is int:
         return ["sliding_attention" if i >= first else "full_attention" for i in range(n)]
     return None

@@ -441,6 +441,11 @@ class TestComposeAndLists:
             noisy.compose(dus)
         assert dus.compose(LayerMap.parse("identity+noise:0.1@0", 6)).modifiers[0].noise == 0.1
 
+    def test_solar_holds_its_base(self):
+        """The 48-layer model cut back to the 32 layers it was made from."""
+        back = LayerMap.parse("slices:0-24,40-48", 48)
+        assert LayerMap.parse("dus:8", 32).compose(back).is_identity
+
     def test_remap_list_of_means(self):
         assert LayerMap.parse("mean:0-2", 3).remap_list("aab") == list("aaab")
         with pytest.raises(UserError, match="mean of layers"):
