@@ -103,6 +103,9 @@ class Conversation:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
+        from solar_mega.data.tokenizer import load_tokenizer
+
+        load_tokenizer(o.model)  # says what is missing
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.options = o

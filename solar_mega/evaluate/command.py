@@ -163,6 +163,7 @@ class Job:
         self.documents = _read_texts(options) if options.text else None
 
     def _backend(self, path: Path) -> str:
+        from solar_mega.data.tokenizer import check_vocabulary, load_tokenizer
         from solar_mega.evaluate.model import prepare
         from solar_mega.runtime import parallel as ranks
 
@@ -170,7 +171,8 @@ class Job:
         if chosen != "hf":
             try:
                 ranks.check_world_size(parallel, ranks.world_size())
-                prepare(path, parallel)
+                source, arch = prepare(path, parallel)
+                check_vocabulary(load_tokenizer(source.side_files), arch.vocab_size, str(path))
                 return "megatron"
             except UserError as error:
                 plain = (path / "config.json").is_file() and ranks.world_size() == 1
@@ -178,6 +180,8 @@ class Job:
                     raise
         elif ranks.world_size() > 1:
             raise UserError("--backend hf runs on one process; start it without torchrun")
+        elif not (path / "config.json").is_file():
+            raise UserError(f"--backend hf: {path} is no Hugging Face directory, it has no config.json")
         return "hf"
 
     def evaluate(self, path: Path) -> "ModelResult | None":

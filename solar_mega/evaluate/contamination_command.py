@@ -159,8 +159,10 @@ def _tokenizer(path: Path | None) -> Any:
     from transformers import AutoTokenizer
 
     from solar_mega.checkpoint.source import open_source
+    from solar_mega.data.tokenizer import load_tokenizer
 
     assert path is not None
+    load_tokenizer(open_source(path).side_files)  # says what is missing
     return AutoTokenizer.from_pretrained(str(open_source(path).side_files), local_files_only=True)
 
 
