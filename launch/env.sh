@@ -248,6 +248,13 @@ prepare_venv() {
 }
 
 main() {
+    if [[ -L $venv ]]; then
+        # Somebody's own environment, perhaps shared: it is used as it is, and never cleared or installed into.
+        "$venv/bin/python" -c "import torch, megatron.core, transformers" 2> /dev/null ||
+            fail "$venv is a link to $(readlink "$venv"), which lacks torch, megatron-core or transformers" \
+                "install them there, or remove the link to have an environment made here"
+        return
+    fi
     if finished; then return; fi
     mkdir -p build
     exec 9> build/env.lock

@@ -13,6 +13,7 @@ KINDS = {
     "convert": "solar_mega.checkpoint.command:ConvertOptions",
     "pretrain": "solar_mega.config.schema:PretrainConfig",
     "sft": "solar_mega.config.sft:SFTConfig",
+    "dpo": "solar_mega.config.dpo:DPOConfig",
     "merge": "solar_mega.merge.recipe:MergeConfig",
     "contamination": "solar_mega.evaluate.contamination_command:ContaminationOptions",
     "evaluate": "solar_mega.evaluate.command:EvaluateOptions",

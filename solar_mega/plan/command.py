@@ -7,7 +7,8 @@ from pathlib import Path
 
 from solar_mega.config.check import TrainingConfig, check_run
 from solar_mega.config.command_line import parse_run
-from solar_mega.config.kinds import KINDS, config_class, kind_of
+from solar_mega.config.kinds import config_class, kind_of
+from solar_mega.config.load import load_config
 from solar_mega.config.units import parse_bytes
 from solar_mega.errors import Problems, UserError
 from solar_mega.model.architecture import Architecture
@@ -59,7 +60,11 @@ class PlanOptions:
 
 def plan(argv: Sequence[str]) -> int:
     """`solar-mega plan --config x.toml --gpus N`; 1 when it does not fit."""
-    options, cfg = _read(argv)
+    toml = _toml(argv)
+    verb = "pretrain" if toml is None else kind_of(toml)
+    if toml is not None and "parallel" not in config_class(verb).__dataclass_fields__:
+        return _nothing_to_plan(verb, toml)
+    options, cfg = parse_run(PlanOptions, config_class(verb), argv, "plan")
     arch = architecture_of(cfg)
     if cfg.train.steps == 0:  # as many as the data takes, and the data is not read
         if not options.json:
@@ -78,18 +83,11 @@ def plan(argv: Sequence[str]) -> int:
     return 0 if found.fits else 1
 
 
-def _read(argv: Sequence[str]) -> tuple[PlanOptions, TrainingConfig]:
-    """The configuration is of whatever training the file is for."""
-    toml = _toml(argv)
-    verb = "pretrain" if toml is None else kind_of(toml)
-    cls = config_class(verb)
-    if "parallel" not in getattr(cls, "__dataclass_fields__", {}):
-        trainings = [name for name in KINDS if "parallel" in config_class(name).__dataclass_fields__]
-        raise UserError(
-            f"--config {toml}: configures {verb}, which needs no plan; plan takes {', '.join(trainings)} "
-            f"(for {verb} see: solar-mega {verb} --config {toml} --dry-run)"
-        )
-    return parse_run(PlanOptions, cls, argv, "plan")
+def _nothing_to_plan(verb: str, toml: Path) -> int:
+    """A configuration that trains nothing is read, so that its mistakes show, and sent to its verb."""
+    load_config(config_class(verb), toml)
+    say(f"{toml} configures {verb}, which needs no plan; its settings are valid")
+    return 0
 
 
 def _toml(argv: Sequence[str]) -> Path | None:

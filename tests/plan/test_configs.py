@@ -27,6 +27,9 @@ TRAININGS = [name for name in KINDS if "parallel" in config_class(name).__datacl
 OVERRIDES = re.compile(r"^#\s+(\d+) GPUs:\s+(--.+)$", re.MULTILINE)
 """`#     8 GPUs:   --parallel.pp 4 ...` in a configuration's comment: another cluster's layout."""
 
+CLUSTER = re.compile(r"\bon (\d+) (?:GPUs|H100s)")
+"""The cluster that a configuration of the 10.7B model says it is for."""
+
 DEPTH = {"tiny": (8, 12), "solar_10_7b": (32, 48)}
 """Layers before and after growth."""
 
@@ -77,6 +80,7 @@ class Workspace:
             "convert": self._convert,
             "pretrain": self._pretrain,
             "sft": self._tuning,
+            "dpo": self._preferences,
             "merge": self._merge,
         }
         prepare[verb](config.parts[0], cfg)
@@ -96,6 +100,40 @@ class Workspace:
         for source in (*cfg.data.train, *cfg.data.valid):
             self.conversations(*source.split()[:2])
 
+    def _preferences(self, family: str, cfg) -> None:
+        self.model(cfg.model.path, family, DEPTH[family][1])
+        for chunk in (*cfg.ladder.chunks, *cfg.data.train, *cfg.data.valid):
+            for source in chunk.split(" + "):
+                self.pairs(Path(source.split()[1]), source)
+
+    def pairs(self, path: Path, source: str) -> None:
+        """Preference pairs with the fields of every format, in the file or directory that is asked for."""
+        question = {"role": "user", "content": "1 + 2?"}
+        chosen, rejected = ([question, {"role": "assistant", "content": answer}] for answer in "34")
+        listed = "ultrafeedback" in source.split()[0]
+        rows = [
+            {
+                "id": str(i),
+                "prompt_id": str(i),
+                "prompt": f"{i} + 2?",
+                "question": f"{i} + 2?",
+                "system": "",
+                "chosen": chosen if listed else "3",
+                "rejected": rejected if listed else "4",
+                "score_chosen": 2.0,
+                "score_rejected": 1.0,
+                "source": "sums",
+            }
+            for i in range(300)
+        ]
+        split = next((word[6:] for word in source.split() if word.startswith("split=")), None)
+        place = self.root / path
+        if split is not None:
+            place.mkdir(parents=True, exist_ok=True)
+            place = place / f"{split}.jsonl"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
     def _merge(self, family: str, cfg) -> None:
         for path in (*cfg.models, *([cfg.base] if cfg.base else [])):
             self.model(path, family, DEPTH[family][1])
@@ -113,6 +151,7 @@ class Workspace:
         row = {
             "alpaca": {"instruction": "Add 1 and 2.", "input": "", "output": "3"},
             "openorca": {"system_prompt": "", "question": "1 + 2?", "response": "3"},
+            "plain": {"prompt": "1 + 2?", "question": "1 + 2?", "response": "3", "answer": "3"},
             "metamath": {"type": "MATH_Rephrased", "query": "1 + 2?", "response": "3"},
         }[kind]
         rows = [{**row, "id": str(i)} for i in range(20)]
@@ -164,8 +203,10 @@ def _plans() -> list[tuple[Path, int | None, list[str]]]:
     for config in CONFIGS:
         if kind_of(ROOT / "configs" / config) not in TRAININGS:
             continue
-        found.append((config, 64 if config.parts[0] == "solar_10_7b" else None, []))
-        for gpus, words in OVERRIDES.findall((ROOT / "configs" / config).read_text()):
+        text = (ROOT / "configs" / config).read_text()
+        gpus = CLUSTER.search(text) if config.parts[0] == "solar_10_7b" else None
+        found.append((config, int(gpus[1]) if gpus else None, []))
+        for gpus, words in OVERRIDES.findall(text):
             found.append((config, int(gpus), words.split()))
     return found
 

@@ -153,8 +153,14 @@ def test_errors(words, expected, capsys):
 
 
 def test_other_configurations_are_sent_to_their_verb(capsys):
-    assert main(["plan", "--config", str(SOLAR / "1_upscale.toml")]) == 2
-    assert "configures convert, which needs no plan" in capsys.readouterr().err
+    assert main(["plan", "--config", str(SOLAR / "1_upscale.toml")]) == 0
+    assert "configures convert, which needs no plan; its settings are valid" in capsys.readouterr().out
+
+
+def test_mistakes_of_other_configurations_show(tmp_path, capsys):
+    (tmp_path / "x.toml").write_text('src = "a"\ndst = "b"\nlayermap = "dus:8"\n')
+    assert main(["plan", "--config", str(tmp_path / "x.toml")]) == 2
+    assert "unknown key layermap" in capsys.readouterr().err
 
 
 def test_gpus_are_found_by_their_own_names():
