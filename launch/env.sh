@@ -228,8 +228,6 @@ record() {
 }
 
 prepare_venv() {
-    # An environment of another tree may have been made by this script there; making it anew would empty it.
-    [[ ! -L "$venv" ]] || fail "$venv is a link to $(readlink "$venv"), which is not this script's to change; remove the link"
     python=$(stamped python) own_torch=$(stamped own_torch)
     if [[ "$(stamped root)" == "$root" && -x "$venv/bin/python" &&
         (-z "${SOLAR_MEGA_PYTHON:-}" || "$python" == "$SOLAR_MEGA_PYTHON") ]]; then

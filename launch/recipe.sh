@@ -15,39 +15,82 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Both recipes go the paper's way: depthwise scaling and continued pretraining (section 2), Synth. Math and what
+# overlaps the benchmarks (section 3.2), tables 3 to 7, appendix C, and H6 of every model.
+#
 #     leaves         configuration  ranks  verb           starts from            more flags
 recipe_tiny() {
     map=dus:2
-    text # and the pairs and questions of the later stages: the repository's own
+    local l=runs/tiny/lessons
+    local alpaca="alpaca $l/alpaca_gpt4.json rows=0:340" openorca="openorca runs/tiny/openorca/openorca.jsonl"
+    local math="plain runs/tiny/synth_math/instruct.jsonl" math_pairs="plain runs/tiny/synth_math/alignment.jsonl"
+    local orca_dpo="orca_dpo_pairs $l/orca_dpo.jsonl" ultra="ultrafeedback_allenai $l/ultrafeedback.jsonl rows=0:180"
+    local sft=(--data.valid "alpaca $l/alpaca_gpt4.json rows=340:" --train.log_interval 50 --data.train)
+    local sdpo=(--data.valid "ultrafeedback_allenai $l/ultrafeedback.jsonl rows=180:" --train.log_interval 50 --ladder.chunks)
+
+    text
+    lessons
     stage 0_base         0_base           2  pretrain       runs/quickstart/model
     stage 1_upscale      1_upscale        1  convert        0_base/hf
     stage 2_pretrain     2_pretrain       2  pretrain       1_upscale              --model.layer_map identity
-    stage 3_sft          3_sft            1  sft            2_pretrain/hf
-    pairs
-    stage 4_sdpo_cand1   4_sdpo           1  dpo            3_sft/hf
-    stage 4_sdpo_cand2   4_sdpo           1  dpo            3_sft/hf               --loss.beta 0.05 --train.seed 5
-    stage 5_merge_v1     -                1  merge          "4_sdpo_cand1/hf 4_sdpo_cand2/hf"  --method linear
-    questions
-    stage 6_contamination 6_contamination 1  contamination  5_merge_v1
-    stage 7_evaluate     7_evaluate       1  evaluate       "0_base/hf 2_pretrain/hf 5_merge_v1"
+    stage openorca       -                1  decontaminate  $l/openorca.jsonl      --against runs/tiny/tasks
+    stage synth_math     -                1  synthesize     $l/math.jsonl          --backend replay --replay $l/math_replay.jsonl
+
+    stage 3_sft_v1       3_sft            1  sft            2_pretrain/hf          "${sft[@]}" "$alpaca"
+    stage 3_sft_v2       3_sft            1  sft            2_pretrain/hf          "${sft[@]}" "$alpaca" "$openorca"
+    stage 3_sft_v3       3_sft            1  sft            2_pretrain/hf          "${sft[@]}" "$alpaca" "$openorca" "$math"
+    stage 3_sft_v4       3_sft            1  sft            2_pretrain/hf          "${sft[@]}" "$alpaca" "$math"
+    stage 3_sft_v3+v4    -                1  merge          "3_sft_v3/hf 3_sft_v4/hf"          --method linear
+
+    stage 4_sdpo_v1      4_sdpo           1  dpo            3_sft_v3/hf            "${sdpo[@]}" "$orca_dpo" "$ultra"
+    stage 4_sdpo_v2      4_sdpo           1  dpo            3_sft_v3/hf            "${sdpo[@]}" "$orca_dpo" "$ultra + $math_pairs"
+    stage 4_sdpo_v1+v2   -                1  merge          "4_sdpo_v1/hf 4_sdpo_v2/hf"        --method linear
+    stage 4_sdpo_v3      4_sdpo           1  dpo            3_sft_v3+v4            "${sdpo[@]}" "$orca_dpo" "$ultra + $math_pairs"
+    stage 4_sdpo_cand1   4_sdpo           1  dpo            3_sft_v3/hf            --loss.beta 0.2 "${sdpo[@]}" "$orca_dpo" "$ultra + $math_pairs"
+    stage 4_sdpo_cand2   4_sdpo           1  dpo            3_sft_v3+v4            --optimizer.lr 2e-4 "${sdpo[@]}" "$orca_dpo" "$ultra + $math_pairs"
+    merges
+
+    stage 6_contamination 6_contamination 1  contamination  5_merge_v1             --reference runs/tiny/0_base/hf
+    stage 7_evaluate     7_evaluate       1  evaluate       "0_base/hf 1_upscale 2_pretrain/hf $tuned"
+    stage tables         -                1  tables         7_evaluate             \
+        --note "ours: models of 3M parameters on self-made data; only the way is the same"
 }
 
 recipe_solar_10_7b() {
     map=dus:8
     stage 1_upscale      1_upscale        1  convert        models/Mistral-7B-v0.1
     stage 2_pretrain     2_pretrain     all  pretrain       1_upscale
+
+    stage 3_sft_v1       3_sft_v1         8  sft            2_pretrain/hf
+    stage 3_sft_v2       3_sft_v2         8  sft            2_pretrain/hf
     stage 3_sft_v3       3_sft_v3         8  sft            2_pretrain/hf
     stage 3_sft_v4       3_sft_v4         8  sft            2_pretrain/hf
     stage 3_sft_v3+v4    -                1  merge          "3_sft_v3/hf 3_sft_v4/hf"          --method linear
+
+    stage 4_sdpo_v1      4_sdpo_v1        8  dpo            3_sft_v3/hf
+    stage 4_sdpo_v2      4_sdpo_v2        8  dpo            3_sft_v3/hf
+    stage 4_sdpo_v1+v2   -                1  merge          "4_sdpo_v1/hf 4_sdpo_v2/hf"        --method linear
+    stage 4_sdpo_v3      4_sdpo_v3        8  dpo            3_sft_v3+v4
     stage 4_sdpo_cand1   4_sdpo_cand1     8  dpo            3_sft_v3/hf
     stage 4_sdpo_cand2   4_sdpo_cand2     8  dpo            3_sft_v3+v4
-    stage 5_merge_v1     -                1  merge          "4_sdpo_cand1/hf 4_sdpo_cand2/hf"  --method linear --weights 0.5 0.5
-    stage 5_merge_v2     -                1  merge          "4_sdpo_cand1/hf 4_sdpo_cand2/hf"  --method linear --weights 0.4 0.6
-    stage 5_merge_v3     -                1  merge          "4_sdpo_cand1/hf 4_sdpo_cand2/hf"  --method linear --weights 0.6 0.4
-    stage 5_merge_v4     -                1  merge          "4_sdpo_cand1/hf 4_sdpo_cand2/hf"  --method slerp
+    merges
+
     stage 6_contamination 6_contamination 8  contamination  5_merge_v1
-    stage 7_evaluate     7_evaluate       8  evaluate       "1_upscale 2_pretrain/hf 3_sft_v3/hf 5_merge_v1"
+    stage 7_evaluate     7_evaluate       8  evaluate       "models/Mistral-7B-v0.1 1_upscale 2_pretrain/hf $tuned"
+    stage tables         -                1  tables         7_evaluate             --note "ours: this recipe's models"
 }
+
+# Table 7; Merge v1 is SOLAR 10.7B-Instruct.
+merges() {
+    local candidates="4_sdpo_cand1/hf 4_sdpo_cand2/hf"
+    stage 5_merge_v1     -                1  merge          "$candidates"          --method linear --weights 0.5 0.5
+    stage 5_merge_v2     -                1  merge          "$candidates"          --method linear --weights 0.4 0.6
+    stage 5_merge_v3     -                1  merge          "$candidates"          --method linear --weights 0.6 0.4
+    stage 5_merge_v4     -                1  merge          "$candidates"          --method slerp --t 0.5
+}
+
+tuned="3_sft_v1/hf 3_sft_v2/hf 3_sft_v3/hf 3_sft_v4/hf 3_sft_v3+v4 4_sdpo_v1/hf 4_sdpo_v2/hf 4_sdpo_v1+v2 4_sdpo_v3/hf"
+tuned+=" 4_sdpo_cand1/hf 4_sdpo_cand2/hf 5_merge_v1 5_merge_v2 5_merge_v3 5_merge_v4"
 
 # ------------------------------------------------------------------------------------------------ stages
 
@@ -75,18 +118,30 @@ stage() {
             words+=(--model "${sources[0]}" --out "$leaves.json" "$@")
             leaves=$leaves.json
             ;;
-        evaluate) words=("${sources[@]}" "${words[@]}" --out "$leaves" "$@") ;;
+        evaluate)
+            words=("${sources[@]}" "${words[@]}" --out "$leaves" "$@")
+            leaves=$leaves/results.json
+            ;;
+        tables)
+            leaves=runs/$recipe/tables.md
+            words=(--results "${sources[0]}/results.json" --root "runs/$recipe" --out "$leaves" "$@")
+            ;;
+        decontaminate) words=("${sources[0]}" --output "$leaves" "$@") ;;
+        synthesize)
+            words=("${sources[0]}" --output "$leaves" "$@")
+            leaves=$leaves/report.json
+            ;;
     esac
     printf '\n== %s: %s -> %s\n' "$name" "$verb ${sources[*]}" "$leaves"
     if [[ $mode == dry-run ]]; then
         dry_run "$verb" "$ranks" "$config" "${sources[0]}" "${words[@]}"
-    elif [[ $verb != evaluate ]] && complete "$leaves"; then # evaluate keeps its finished tasks by itself
+    elif complete "$leaves"; then
         echo "complete: $leaves"
     elif [[ $mode == slurm ]]; then
         submit "$name" "$ranks" "$config" "$verb" "${words[@]}"
     else
         run "$ranks" "$config" "$verb" "${words[@]}"
-        [[ $verb == evaluate ]] || complete "$leaves" ||
+        complete "$leaves" ||
             fail "$name ended well, but $leaves is not complete: solar-mega inspect $leaves"
         if [[ $verb == convert ]]; then solar-mega verify "${sources[0]}" "$leaves" --layer-map "$map"; fi
     fi
@@ -102,8 +157,8 @@ chosen() {
     known=1
 }
 
-# complete PLACE: headers, sizes and lineage of a model are as they should be; a file is there.
-complete() { [[ -f "$1" ]] || { [[ -d "$1" ]] && solar-mega inspect "$1" > /dev/null 2>&1; }; }
+# complete PLACE: headers, sizes and lineage of a model are as they should be; a file is there, and data with its report.
+complete() { [[ -f "$1" || -f "$1/report.json" ]] || { [[ -d "$1" ]] && solar-mega inspect "$1" > /dev/null 2>&1; }; }
 
 # run RANKS CONFIGURATION VERB WORDS...
 run() {
@@ -197,27 +252,15 @@ text() {
     done
 }
 
-pairs() {
-    local runs=runs/quickstart
-    chosen pairs || return 0
-    printf '\n== pairs: preferences between answers -> %s\n' "$runs/lessons"
+lessons() {
+    chosen lessons || return 0
+    printf '\n== lessons: the data sets of Table 1 and the benchmarks, small and self-made -> runs/tiny\n'
     if [[ $mode == dry-run ]]; then return; fi
-    if [[ -f $runs/lessons/ultrafeedback.jsonl ]]; then
-        echo "complete: $runs/lessons"
+    if [[ -f runs/tiny/tasks/gsm8k/test.jsonl ]]; then
+        echo "complete: runs/tiny/lessons, runs/tiny/tasks"
         return
     fi
-    solar-mega quickstart lessons --root "$runs"
-}
-
-questions() {
-    chosen questions || return 0
-    printf '\n== questions: of six benchmarks, self-made -> runs/tiny/tasks\n'
-    if [[ $mode == dry-run ]]; then return; fi
-    if [[ -d runs/tiny/tasks ]]; then
-        echo "complete: runs/tiny/tasks"
-        return
-    fi
-    solar-mega evaluate --make-data runs/tiny/tasks
+    solar-mega quickstart lessons --root runs/tiny
 }
 
 # ------------------------------------------------------------------------------------------------ command line
