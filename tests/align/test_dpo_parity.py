@@ -131,7 +131,7 @@ def tokenizer_dir(tmp_path_factory):
 
 
 def test_losses_of_ten_steps_are_those_of_trl(tokenizer_dir, tmp_path):
-    """From ln 2 on. Seen: within 1e-6."""
+    """From ln 2 on."""
     pairs, loss = _pairs(), LossConfig(beta=BETA)
     ours, theirs = _ours(pairs, loss, STEPS), _theirs(pairs, loss, STEPS, tokenizer_dir, tmp_path)
     assert len(ours) == len(theirs) == STEPS
