@@ -393,6 +393,20 @@ def test_a_full_disk_leaves_nothing(source, root, tmp_path):
         assert not list(tmp_path.iterdir())
 
 
+def test_a_read_only_target(source, tmp_path):
+    """A file system of its own, mounted read-only in a namespace of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    enter = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o ro,size=50M tmpfs {disk}"
+    if not shutil.which("unshare") or subprocess.run([*enter, mount], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    for flags in ("--to megatron", "--to hf"):
+        command = f"{mount} && exec {sys.executable} -m solar_mega convert {source} {disk}/x {flags}"
+        done = subprocess.run([*enter, command], capture_output=True, text=True, cwd=ROOT, env=_environment())
+        assert done.returncode == 2 and "the file system is read-only" in done.stderr, done.stderr
+
+
 def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
