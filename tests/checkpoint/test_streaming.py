@@ -48,8 +48,7 @@ def _save_sources(directory, root):
     source = HFDirectory(directory)
     arch = Architecture.from_hf(source.config)
     identity = LayerMap.parse("identity", arch.num_layers)
-    world = int(os.environ["WORLD_SIZE"])
-    for tp, pp in ((1, 3),) if world == 3 else ((1, 1), (2, 2)):
+    for tp, pp in ((1, 1), (2, 2)):
         with layout(tp, pp, distributed_optimizer=True) as parallel:
             run = training.start(arch, parallel, KIND, source.tensors, arch, identity)
             run.steps(0, 2)
@@ -62,8 +61,9 @@ def _save_sources(directory, root):
 def root(source, tmp_path_factory) -> Path:
     """Checkpoints of several layouts, and what each Megatron-to-Megatron route makes of them."""
     root = tmp_path_factory.mktemp("checkpoints")
-    for world in (4, 3):
-        run_ranks(_save_sources, world, source, root)
+    run_ranks(_save_sources, 4, source, root)
+    pp3 = ("--to", "megatron", "--pp", 3, "--dtype", "bf16")  # weights alone
+    assert run("convert", source, root / "tp1pp3", *pp3) == 0
     for name in (*SOURCES, "stock"):
         for route in ROUTES:
             flags = ["--zero-copy"] if route == "zero_copy" else ["--shard-size", "300KB"]
@@ -110,9 +110,10 @@ def _load_targets(root, targets):
                         load_tensors(made, loaded.chunks, loaded.optimizer)
                         origin = root / name
                     else:
-                        load_checkpoint(CheckpointStore(made).latest(), loaded.chunks, loaded.optimizer)
+                        states = None if name == "tp1pp3" else loaded.optimizer
+                        load_checkpoint(CheckpointStore(made).latest(), loaded.chunks, states)
                         origin = CheckpointStore(root / name).latest()
-                    compared, wrong = training.differences(origin, loaded, layer_map)
+                    compared, wrong = training.differences(origin, loaded, layer_map, name != "tp1pp3")
                     steps = None
                     if (name, route, vpp) == ("tp2pp2", "zero_copy", 1):
                         oracle = training.start(arch, parallel, KIND)
