@@ -30,7 +30,7 @@ from solar_mega.errors import UserError
 from solar_mega.runtime.console import human_bytes, human_seconds, say, table
 from solar_mega.runtime.files import require_space
 
-ROUTES = ("cp", "mergekit", "verify", "megatron", "hf", "zero-copy", "copy")
+ROUTES = ("cp", "mergekit", "verify", "megatron", "verify-megatron", "hf", "zero-copy", "copy")
 """What may be measured after the growth from Hugging Face to Hugging Face, which is always."""
 
 
@@ -82,10 +82,14 @@ def run(options: ConvertBench) -> dict[str, Any]:
         report = _Bench(options).run()
     finally:
         shutil.rmtree(options.work, ignore_errors=True)
+    _write(options, report)
+    return report
+
+
+def _write(options: ConvertBench, report: dict[str, Any]) -> None:
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    return report
 
 
 class _Bench:
@@ -98,8 +102,9 @@ class _Bench:
 
     def run(self) -> dict[str, Any]:
         o = self.o
-        generated = generate(self.source, o)
-        result = generated * (len(self._map()) + 1) // (o.layers + 1)
+        self.machine = _machine(o.work)
+        self.generated = generate(self.source, o)
+        result = self.generated * (len(self._map()) + 1) // (o.layers + 1)
         require_space(o.work, 2 * result + (64 << 20))
         map_flags = ["--layer-map", o.layer_map]
         grow = [*self.ours, "convert", self.source, self.grown, *map_flags]
@@ -116,19 +121,23 @@ class _Bench:
             )
         shutil.rmtree(self.grown)
         self._megatron_routes(map_flags)
-        report = {
+        report = self._report()
+        say(_sheet(report))
+        return report
+
+    def _report(self) -> dict[str, Any]:
+        o = self.o
+        return {
             "shape": {
                 k: getattr(o, k) for k in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab", "shards")
             },
             "layer_map": o.layer_map,
             "layout": {"tp": o.tp, "pp": o.pp},
             "processes": o.processes,
-            "source_bytes": generated,
-            "machine": _machine(o.work),
+            "source_bytes": self.generated,
+            "machine": self.machine,
             "routes": self.results,
         }
-        say(_sheet(report))
-        return report
 
     def _map(self):
         from solar_mega.depth.layer_map import LayerMap
@@ -142,7 +151,8 @@ class _Bench:
         figures = measured([str(word) for word in command])
         if output is not None:
             figures["output_bytes"] = _tree_bytes(output)
-        self.results[name] = figures
+        self.results[name] = {**figures, "load_average": round(os.getloadavg()[0], 2)}
+        _write(self.o, self._report())  # a long run that breaks off has measured something all the same
         say(f"{name}: {human_seconds(figures['wall_s'])}, {human_bytes(figures['resident_bytes'])} resident")
 
     def _cp(self) -> None:
@@ -172,7 +182,7 @@ class _Bench:
 
     def _megatron_routes(self, map_flags: list[str]) -> None:
         o, work = self.o, self.o.work
-        if not {"megatron", "hf", "zero-copy", "copy"} & set(o.routes):
+        if not {"megatron", "verify-megatron", "hf", "zero-copy", "copy"} & set(o.routes):
             return
         shared = self.ours
         if o.processes > 1:
@@ -181,7 +191,7 @@ class _Bench:
         layout = ["--to", "megatron", "--tp", o.tp, "--pp", o.pp]
         command = [*shared, "convert", self.source, self.megatron, *map_flags, *layout]
         self._measure("hf to megatron", command, [self.source], self.megatron)
-        if "verify" in o.routes:
+        if "verify-megatron" in o.routes:
             command = [*self.ours, "verify", self.source, self.megatron, *map_flags]
             self._measure("verify megatron", command, [self.source, self.megatron])
         if "hf" in o.routes:
