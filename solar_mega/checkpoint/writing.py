@@ -95,6 +95,10 @@ class PlanningStrategy(AsyncSaveShardedStrategy):
         self._plans = tuple(plans)
         # The index is made anew until the plans have proved to be the same twice.
         self._index = planned[1] or self._index
+        if self._index is not None:
+            # Megatron adds every rank's plan to it, for a cache that is not used here; a reader has no use
+            # for them either.
+            vars(self._index).pop("all_local_plans", None)
         self.planned = Planned(writer, self._index)
         return AsyncRequest(None, (), [])
 
