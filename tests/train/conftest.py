@@ -29,15 +29,19 @@ class Inputs:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Inputs:
-    from solar_mega.data.tokenize import tokenize
-    from solar_mega.data.train_tokenizer import train_sentencepiece
+    return make_inputs(tmp_path_factory.mktemp("inputs"), Path(sysconfig.get_paths()["stdlib"]))
 
-    root = tmp_path_factory.mktemp("inputs")
-    library = Path(sysconfig.get_paths()["stdlib"])
+
+def make_inputs(root: Path, library: Path) -> Inputs:
+    """Into the directory `root`, from Python's own sources in `library`."""
+    root.mkdir(exist_ok=True)
     texts = {
         "train": (library / "argparse.py").read_text(),
         "valid": (library / "shlex.py").read_text(),
     }
+    from solar_mega.data.tokenize import tokenize
+    from solar_mega.data.train_tokenizer import train_sentencepiece
+
     tokenizer = train_sentencepiece(texts.values(), VOCABULARY, root / "model")
     for name, text in texts.items():
         (root / f"{name}.txt").write_text(text)
