@@ -1,6 +1,7 @@
 """Model chunks -> Megatron's DDP, its (distributed) optimizer, and the learning-rate schedule."""
 
 import functools
+import weakref
 from collections.abc import Collection, Sequence
 
 import torch
@@ -132,9 +133,12 @@ def build_optimizer(
     )
     if fused:
         _use_fused_adam(optimizer)
+    # Not the bound method: model -> config -> optimizer -> gradient hooks -> model is a circle that Python's
+    # collector cannot see through, and a process that trains twice (a ladder's rungs) would keep both models.
+    scale_loss = weakref.WeakMethod(optimizer.scale_loss)
     for chunk in wrapped:
         chunk.config.finalize_model_grads_func = finalize_model_grads
-        chunk.config.grad_scale_func = optimizer.scale_loss
+        chunk.config.grad_scale_func = lambda loss: scale_loss()(loss)
     return optimizer
 
 

@@ -178,7 +178,7 @@ def _saved(case: Case) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = trainer.token_loss(model, batch)
+        output = trainer.objective.forward(model, batch)
     if not parallel_state.is_pipeline_last_stage():
         storages[output.untyped_storage().data_ptr()] = output.untyped_storage().nbytes()
     return sum(storages.values())
