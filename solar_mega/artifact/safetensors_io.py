@@ -7,6 +7,7 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,6 +217,7 @@ class ShardedWriter:
         self._left = False
         self._headers: dict[str, bytes] = {}
         self._sizes: dict[str, int] = {}
+        self._lock = threading.Lock()  # tensors may be written from several threads
         self._descriptors: dict[str, int] = {}
         self._missing: dict[str, set[str]] = {}
 
@@ -281,16 +283,19 @@ class ShardedWriter:
         self._missing = {file: names for file, names in self._missing.items() if file in files}
 
     def _descriptor(self, file: str) -> int:
-        if file not in self._descriptors:
-            new = os.O_CREAT | os.O_EXCL if file in self._missing else 0
-            self._descriptors[file] = os.open(self.directory / file, os.O_RDWR | new, 0o666)
-            if new:
-                os.ftruncate(self._descriptors[file], self._sizes[file])
-        return self._descriptors[file]
+        with self._lock:
+            if file not in self._descriptors:
+                new = os.O_CREAT | os.O_EXCL if file in self._missing else 0
+                self._descriptors[file] = os.open(self.directory / file, os.O_RDWR | new, 0o666)
+                if new:
+                    os.ftruncate(self._descriptors[file], self._sizes[file])
+            return self._descriptors[file]
 
     def _written(self, info: TensorInfo) -> None:
-        self._missing[info.file].discard(info.name)
-        if not self._missing[info.file] and self._finished:
+        with self._lock:
+            self._missing[info.file].discard(info.name)
+            finished = not self._missing[info.file]
+        if finished and self._finished:
             self._finished(info.file)
 
     def write(self, name: str, tensor: "torch.Tensor") -> None:

@@ -397,3 +397,19 @@ class TestWriting:
             assert total <= limit or len([n for n in shard if sizes[int(n)]]) == 1
             if following:
                 assert total + sizes[int(following[0])] > limit
+
+
+def test_several_threads_write_one_file(tmp_path):
+    """Opening a new file is a race that used to be lost with FileExistsError."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = [f"t{i}" for i in range(64)]
+    tensors = {name: torch.full((3,), float(i)) for i, name in enumerate(names)}
+    for attempt in range(20):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        with ShardedWriter(folder) as writer, ThreadPoolExecutor(8) as pool:
+            writer.plan([(name, "F32", (3,)) for name in names])
+            list(pool.map(lambda name, out=writer: out.write(name, tensors[name]), names))
+        reader = SafetensorsReader(folder)
+        assert all(torch.equal(reader.read(name), tensors[name]) for name in names)

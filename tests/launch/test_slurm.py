@@ -14,7 +14,12 @@ from tests.launch.one_machine_slurm import OneMachineSlurm, missing
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 90
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+pytestmark = [
+    pytest.mark.skipif(missing() is not None, reason=missing() or ""),
+    pytest.mark.skipif(
+        "SOLAR_MEGA_SLURM" not in os.environ, reason="takes four minutes; SOLAR_MEGA_SLURM=1 runs it"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
