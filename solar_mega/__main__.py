@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from solar_mega import __version__
-from solar_mega.errors import UserError
+from solar_mega.errors import ExitCode, UserError
 
 VERBS = {
     "convert": (
@@ -48,6 +48,7 @@ VERBS = {
         "Synth. Math-Instruct and -Alignment from MATH's problems",
     ),
     "merge": ("solar_mega.merge.command:merge", "merge models: average, SLERP, task arithmetic, TIES, DARE"),
+    "plot": ("solar_mega.train.command:plot", "compare runs: losses, gradient norm, speed, memory"),
     "quickstart": ("solar_mega.quickstart.command:quickstart", "the parts of launch/quickstart.sh"),
     "tables": (
         "solar_mega.evaluate.paper_tables:tables",
@@ -61,8 +62,7 @@ VERBS = {
 """Verb -> (`module:function`, one line of help). Imported when called: a verb costs nothing until it is used.
 The function takes the words after the verb and returns an exit code (None is 0)."""
 
-USAGE_ERROR = 2
-INTERRUPTED = 130
+USAGE_ERROR = ExitCode.USAGE
 
 
 def usage() -> str:
@@ -138,13 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = _main(argv)
     if EXIT_FILE in os.environ and os.environ.get("RANK", "0") == "0":
         with open(os.environ[EXIT_FILE], "w") as file:
-            file.write(f"{code}\n")
+            file.write(f"{int(code)}\n")
     return code
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    """The exit code: 0 done, 1 a verb's own "no" (verify found a difference),
-    2 the user's to mend, 75 stopped by a signal with everything saved, 130 interrupted."""
+    """The exit code; `errors.ExitCode` says what they mean."""
     _quiet_megatron()
     try:
         code = run(sys.argv[1:] if argv is None else argv)
@@ -152,10 +151,10 @@ def _main(argv: Sequence[str] | None) -> int:
         return code
     except UserError as error:
         report(error)
-        return USAGE_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         print("solar-mega: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:  # `solar-mega inspect DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -12,6 +12,8 @@ _HELP = """usage: solar-mega bench WHAT [OPTIONS]    solar-mega bench WHAT --hel
   dpo      time and peak memory of the DPO loss from hidden states: all logits at once, ours, and peers'
   dpo-step peak memory and time of a DPO step: cached reference, beside TRL with two models
   step     one training step, beside transformers and stock megatron-core
+  loop     our training loop beside a bare megatron-core loop; background saves beside saves waited for
+  tokenize text to a corpus, beside the way of Megatron-LM's preprocess_data.py
   merge    merging two 7B models, beside cp and mergekit
   convert  every route of the converter on a generated checkpoint, beside cp and mergekit
   evaluate the paper's tasks, beside lm-evaluation-harness's own transformers model"""
@@ -56,8 +58,17 @@ def bench(argv: Sequence[str]) -> int:
         options = parse_options(evaluate.EvaluateBench, words, "bench evaluate")
         prepare_harness()
         evaluate.run(options)
+    elif what == "loop":
+        from solar_mega.bench import loop
+
+        loop.run(parse_options(loop.LoopBench, words, "bench loop"))
+    elif what == "tokenize":
+        from solar_mega.bench import tokenize
+
+        tokenize.run(parse_options(tokenize.TokenizeBench, words, "bench tokenize"))
     else:
         raise UserError(
-            f"bench {what}: unknown; allowed: kernels, dpo, dpo-step, step, merge, convert, evaluate"
+            f"bench {what}: unknown; allowed: kernels, dpo, dpo-step, step, loop, tokenize, merge, convert, "
+            "evaluate"
         )
     return 0

@@ -76,7 +76,7 @@ def run(options: StepBench) -> dict:
     if unknown:
         raise UserError(f"--peers {' '.join(sorted(unknown))}: unknown; allowed: {' '.join(_BUILDERS)}")
     with ranks.running(ParallelConfig(), threads=options.threads):
-        arch = _architecture(options)
+        arch = architecture(options)
         steps = {name: _BUILDERS[name](arch, options) for name in ("solar_mega", *options.peers)}
         measured = _measure(steps, arch, options)
         report = _report(measured, arch, options)
@@ -90,7 +90,8 @@ def run(options: StepBench) -> dict:
     return report
 
 
-def _architecture(o: StepBench) -> Architecture:
+def architecture(o: StepBench) -> Architecture:
+    """A Llama of the shape given."""
     return Architecture.from_hf(
         {
             "architectures": ["LlamaForCausalLM"],

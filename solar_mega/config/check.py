@@ -22,6 +22,7 @@ from solar_mega.config.schema import (
 )
 from solar_mega.config.units import parse_bytes
 from solar_mega.errors import Problems, UserError
+from solar_mega.runtime.trackers import check_installed
 
 
 def _at_least(least: float) -> tuple[Callable[[Any], bool], str]:
@@ -46,6 +47,10 @@ RANGES = {
     "train.eval_samples": _at_least(0),
     "train.log_interval": _at_least(1),
     "train.threads": _at_least(1),
+    "train.skip_nonfinite": _at_least(0),
+    "train.spike_deviations": _at_least(0),
+    "train.straggler_interval": _at_least(0),
+    "train.hang_seconds": _at_least(0),
     "optimizer.lr": _POSITIVE,
     "optimizer.min_lr": _at_least(0),
     "optimizer.beta1": _FRACTION,
@@ -243,6 +248,7 @@ def _check_places(cfg: TrainingConfig, problems: Problems) -> None:
     if not cfg.model.path.exists():
         problems.add(f"model.path = {cfg.model.path}: no such directory")
     check_directory("output.dir", cfg.output.dir, problems)
+    check_installed(cfg.output.tensorboard, cfg.output.wandb is not None, problems)
     try:
         parse_bytes(cfg.output.shard_size, "output.shard_size")
     except UserError as error:

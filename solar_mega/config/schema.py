@@ -89,6 +89,24 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads per process (CPU runs only); default: cores divided by local ranks."""
 
+    skip_nonfinite: int = 0
+    """Steps that may be left out of the run because their loss or gradient is not finite; the next one ends
+    it. Their samples are consumed, the learning rate does not move."""
+
+    spike_deviations: float = 8.0
+    """A loss this many deviations above the median of the last 64 steps gets a line naming its samples; 0
+    turns it off."""
+
+    straggler_interval: int = 100
+    """Steps between comparisons of the ranks' forward times; 0 turns them off."""
+
+    hang_seconds: float = 600.0
+    """A step or validation batch that takes longer has hung: every rank writes the stacks of its threads to
+    `<output.dir>/hangs/` and the run ends. Four times as long for a save; 0 turns it off."""
+
+    profile: tuple[int, int] | None = None
+    """First and last step to trace with torch's profiler, on every rank, into `<output.dir>/profile/`."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -193,6 +211,15 @@ class OutputConfig:
 
     shard_size: str = "5GB"
     """Largest safetensors file of an export, as transformers spells it."""
+
+    tensorboard: bool = False
+    """Write `<dir>/tensorboard` beside `metrics.jsonl` (needs the extra `tensorboard`)."""
+
+    wandb: str | None = None
+    """Project of Weights & Biases to log into (needs the extra `wandb`)."""
+
+    wandb_mode: Literal["online", "offline"] = "online"
+    """`offline` keeps the run in `<dir>/wandb`, for `wandb sync` from a machine with a connection."""
 
 
 @dataclass(frozen=True)

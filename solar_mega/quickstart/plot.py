@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from solar_mega.quickstart.runs import Curve, Runs
+from solar_mega.runtime.drawing import INK, figure, tidy
 
-_INK, _GRID = "#22303c", "#dfe5ea"
 _STYLE = {
     # run: (label, colour, width, dashes)
     "grown": ("12 layers, dus:2 (the paper)", "#d1495b", 2.4, None),
@@ -17,15 +17,12 @@ _STYLE = {
 def plot(runs: Runs, path: Path) -> None:
     """Writes the picture. The left panel's axis goes on from the base's last token; the right one counts only
     what was spent after growth, where deeper models pay more per token."""
-    import matplotlib
+    shape = {"figsize": (11.5, 4.8), "sharey": True, "width_ratios": (3, 2)}
+    with figure(path, 1, 2, **shape) as (_, (left, right)):
+        _draw(runs, left, right)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    plt.rcParams.update(
-        {"font.size": 10, "axes.edgecolor": _INK, "text.color": _INK, "axes.labelcolor": _INK}
-    )
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.8), sharey=True, width_ratios=(3, 2))
+def _draw(runs: Runs, left, right) -> None:
     grown_at = runs.base.tokens[-1]
     for name, (label, colour, width, dashes) in _STYLE.items():
         curve: Curve = getattr(runs, name)
@@ -37,15 +34,14 @@ def plot(runs: Runs, path: Path) -> None:
     left.plot(
         [t / 1e6 for t in runs.base.tokens],
         runs.base.val_loss,
-        color=_INK,
+        color=INK,
         linewidth=1.6,
         label="8-layer base",
     )
     low, high = _limits(runs)
     for axis in (left, right):
-        axis.axhline(runs.base.end, color=_INK, linewidth=0.8, linestyle=":", zorder=1)
-        axis.grid(color=_GRID, linewidth=0.8)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.axhline(runs.base.end, color=INK, linewidth=0.8, linestyle=":", zorder=1)
+        tidy(axis)
         axis.set_ylim(low, high)
     _annotate_left(left, runs, grown_at, high)
     left.set_xlabel("tokens seen, million")
@@ -55,9 +51,6 @@ def plot(runs: Runs, path: Path) -> None:
     left.set_title("grown by depth, then trained on", fontsize=10)
     left.legend(frameon=False, fontsize=9, loc="upper right")
     _inset_whole_story(right, runs)
-    figure.tight_layout()
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
 
 
 def _limits(runs: Runs) -> tuple[float, float]:
@@ -71,7 +64,7 @@ def _limits(runs: Runs) -> tuple[float, float]:
 def _annotate_left(axis, runs: Runs, grown_at: int, high: float) -> None:
     after = runs.grown.tokens[-1]
     axis.set_xlim((grown_at - 0.35 * after) / 1e6, (grown_at + 1.03 * after) / 1e6)
-    axis.axvline(grown_at / 1e6, color=_INK, linewidth=0.8, linestyle=":", zorder=1)
+    axis.axvline(grown_at / 1e6, color=INK, linewidth=0.8, linestyle=":", zorder=1)
     axis.annotate(
         f"base level {runs.base.end:.3f}",
         ((grown_at - 0.34 * after) / 1e6, runs.base.end),
@@ -106,7 +99,7 @@ def _inset_whole_story(axis, runs: Runs) -> None:
     """Small picture of everything from the first token: there the run from scratch is in sight."""
     inset = axis.inset_axes((0.46, 0.56, 0.52, 0.38))
     grown_at = runs.base.tokens[-1]
-    inset.plot([t / 1e6 for t in runs.base.tokens], runs.base.val_loss, color=_INK, linewidth=1.2)
+    inset.plot([t / 1e6 for t in runs.base.tokens], runs.base.val_loss, color=INK, linewidth=1.2)
     for name, (_, colour, _, dashes) in _STYLE.items():
         curve: Curve = getattr(runs, name)
         style = {"dashes": dashes} if dashes else {}

@@ -10,6 +10,7 @@ import datetime
 import os
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -19,8 +20,11 @@ import torch
 import torch.distributed as dist
 
 from solar_mega.config.schema import ParallelConfig
-from solar_mega.errors import UserError
+from solar_mega.errors import LostRank, UserError
 from solar_mega.runtime import cpu
+
+START_TIMEOUT = 1800.0
+"""Seconds that a collective may take until `set_timeout` says otherwise: nodes start at different times."""
 
 
 def start(parallel: ParallelConfig, seed: int = 1234, threads: int | None = None) -> None:
@@ -64,12 +68,33 @@ def stop() -> None:
 
 @contextmanager
 def running(parallel: ParallelConfig, seed: int = 1234, threads: int | None = None):
-    """`start` and, however the block ends, `stop`."""
+    """`start` and, however the block ends, `stop`. Raises LostRank in place of what the transport says when
+    another rank has gone."""
     start(parallel, seed, threads)
     try:
         yield
+    except RuntimeError as error:
+        if not _is_lost_contact(error):
+            raise
+        # The rank that failed first is still printing why.
+        time.sleep(1.0)
+        said = str(error).strip().splitlines()[0][:200]
+        raise LostRank(
+            f"another rank ended, so rank {rank()} does too; the error of that rank is the one that counts "
+            f"({said})"
+        ) from error
     finally:
         stop()
+
+
+_LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    if isinstance(error, dist.DistNetworkError):
+        return True
+    transport = isinstance(error, dist.DistBackendError) or "gloo" in str(error)
+    return transport and any(words in str(error) for words in (*_LOST_CONTACT, "Timed out", "remote process"))
 
 
 def check_world_size(parallel: ParallelConfig, world: int) -> None:
@@ -167,6 +192,12 @@ def on_main(action: Callable[[], None]) -> None:
     agree(error)
 
 
+def set_timeout(seconds: float) -> None:
+    """What a collective of any group may take from now on."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
 _joined = 0
 
 
@@ -180,7 +211,7 @@ def join_world() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    timeout = datetime.timedelta(minutes=30)
+    timeout = datetime.timedelta(seconds=START_TIMEOUT)
     if "WORLD_SIZE" in os.environ:
         global _joined
         _joined += 1

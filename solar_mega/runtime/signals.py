@@ -4,9 +4,6 @@ together."""
 import signal
 from types import FrameType
 
-REQUEUE_EXIT_CODE = 75
-"""sysexits' EX_TEMPFAIL: saved and willing to go on. Batch systems requeue on it."""
-
 
 class StopRequest:
     """with StopRequest() as stop: ... if any rank's stop.received: save and leave

@@ -40,6 +40,7 @@ def prepare(cfg: PretrainConfig, world: int) -> Prepared:
 def _feed(cfg: PretrainConfig, prepared: Prepared, running: Running) -> Feed:
     from solar_mega.data.batches import Batches
     from solar_mega.data.datasets import build_datasets
+    from solar_mega.data.locate import locate
 
     run, batch, dp, dp_rank = cfg.train, cfg.train.global_batch_size, running.dp, running.dp_rank
     train_set, valid_set = build_datasets(
@@ -64,4 +65,5 @@ def _feed(cfg: PretrainConfig, prepared: Prepared, running: Running) -> Feed:
         train_micro_batches=batch // (run.micro_batch_size * dp),
         validation_micro_batches=run.eval_samples // (run.micro_batch_size * dp),
         wait_seconds=lambda: training.wait_seconds,
+        locate=lambda sample: locate(train_set, sample),
     )

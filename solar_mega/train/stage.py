@@ -32,7 +32,8 @@ from solar_mega.runtime import parallel as ranks
 from solar_mega.runtime.console import human_count, say
 from solar_mega.runtime.hardware import peak_flops
 from solar_mega.runtime.metrics import MetricsWriter
-from solar_mega.train.loop import Feed, Outcome, Work, train
+from solar_mega.runtime.trackers import Sink, Sinks, TensorBoard, WandB
+from solar_mega.train.loop import Feed, Outcome, Surroundings, Work, train
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -190,6 +191,7 @@ def run_stage(cfg: TrainingConfig, prepared: Prepared, stage: Stage) -> Outcome:
 
     from solar_mega.checkpoint.megatron import load_checkpoint
     from solar_mega.model.builder import build_for_training
+    from solar_mega.train.guards import memory_guard
     from solar_mega.train.optimizer import build_optimizer, build_schedule, freeze_layers, wrap
     from solar_mega.train.step import Trainer
 
@@ -231,8 +233,12 @@ def run_stage(cfg: TrainingConfig, prepared: Prepared, stage: Stage) -> Outcome:
     feed = stage.feed(Running(trainer, dp, dp_rank, first_step))
     with ranks.together():
         metrics = _open_metrics(cfg, first_step)
-    with _saves(cfg, prepared, stage, trainer, chunks, dp) as saves:
-        outcome = train(trainer, feed, work, cfg.train, cfg.checkpoint, metrics, saves, first_step)
+    with memory_guard(cfg.output.dir), _saves(cfg, prepared, stage, trainer, chunks, dp) as saves:
+        around = Surroundings(saves, metrics, cfg.output.dir)
+        outcome = train(trainer, feed, work, cfg.train, cfg.checkpoint, around, first_step)
+    ranks.set_timeout(ranks.START_TIMEOUT)  # an export takes as long as it takes
+    if metrics is not None:
+        metrics.close()
     if outcome.stopped_by is None and cfg.output.export_hf:
         _export(cfg, prepared, stage, chunks, outcome.step)
     return outcome
@@ -317,7 +323,7 @@ def _side_files(prepared: Prepared, stage: Stage) -> Path:
     return stage.side_files or prepared.source.side_files
 
 
-def _open_metrics(cfg: TrainingConfig, first_step: int) -> MetricsWriter | None:
+def _open_metrics(cfg: TrainingConfig, first_step: int) -> Sink | None:
     if not ranks.is_main():
         return None
     cfg.output.dir.mkdir(parents=True, exist_ok=True)
@@ -325,7 +331,12 @@ def _open_metrics(cfg: TrainingConfig, first_step: int) -> MetricsWriter | None:
     metrics = MetricsWriter(cfg.output.dir / "metrics.jsonl")
     # A fresh start over a run killed before its first checkpoint keeps none of its lines.
     metrics.truncate_after(first_step if first_step else -1)
-    return metrics
+    sinks: list[Sink] = [metrics]
+    if cfg.output.tensorboard:
+        sinks.append(TensorBoard(cfg.output.dir, first_step))
+    if cfg.output.wandb is not None:
+        sinks.append(WandB(cfg.output.dir, cfg.output.wandb, cfg.output.wandb_mode, to_toml(cfg)))
+    return Sinks(sinks)
 
 
 def _lineage(cfg: TrainingConfig, prepared: Prepared, stage: Stage, step: int) -> dict[str, Any]:

@@ -7,8 +7,9 @@ batch does not depend on how it was cut. An `Objective` says how a batch becomes
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ from torch import Tensor
 
 from solar_mega.model.packing import Packing, packing
 from solar_mega.runtime import parallel as ranks
+
+if TYPE_CHECKING:
+    from solar_mega.train.guards import Stopwatch
 
 Batch = dict[str, Tensor]
 """tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] fp32; samples packed into one row (b = 1)
@@ -125,6 +129,9 @@ class Trainer:
     seq_length: int
     pipelined_chunks: bool = False
     """True when the chunks are virtual pipeline stages, each needing its own data iterator."""
+    stopwatch: "Stopwatch | None" = None
+    """Where the time of this rank's forward passes goes, while somebody asks for it."""
+    _reports: list[dict] = field(default_factory=list, init=False)
 
     def step(self, batches: Iterator[Batch], micro_batches: int) -> StepResult:
         """Forward and backward over `micro_batches` of this data-parallel rank, reduce, clip, update.
@@ -161,16 +168,27 @@ class Trainer:
             micro_batch_size=self.micro_batch_size,
             forward_only=forward_only,
         )
+        self._reports = reports
         return _global_means(reports, self.objective.statistics)
+
+    def micro_batches(self) -> list[dict]:
+        """What this rank saw in its last pass: samples, loss sum and count of each micro-batch. On ranks
+        of the last stage; empty elsewhere."""
+        seen = []
+        for report in self._reports:
+            total, count = report["sums"][:2].tolist()
+            seen.append({"samples": report["samples"], "loss_sum": total, "count": int(count)})
+        return seen
 
     def _forward(self, batches: Iterator[Batch], chunk: torch.nn.Module):
         batch = on_device(next(batches))
-        output = self.objective.forward(chunk, batch)
+        with self.stopwatch.running() if self.stopwatch is not None else nullcontext():
+            output = self.objective.forward(chunk, batch)
 
         def reduce(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             total, count, statistics = self.objective.reduce(output, batch)
             sums = torch.stack([value.detach().double() for value in (total, count, *statistics)])
-            return total, count.int(), {"sums": sums}
+            return total, count.int(), {"sums": sums, "samples": batch.get("sample_ids", [])}
 
         return output, reduce
 

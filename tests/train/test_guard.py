@@ -8,7 +8,7 @@ import torch
 
 from solar_mega.config.schema import CheckpointConfig, TrainConfig
 from solar_mega.errors import UserError
-from solar_mega.train.loop import Feed, Work, train
+from solar_mega.train.loop import Feed, Surroundings, Work, train
 from solar_mega.train.step import NEXT_TOKEN, Objective, next_token_loss
 from tests.train.tiny import BATCH, SEQUENCE, Case, batches, one_rank, start
 
@@ -90,7 +90,7 @@ class Recorded:
     def poll(self): ...
 
 
-def test_the_loop_names_step_and_samples():
+def test_the_loop_names_step_and_samples(tmp_path):
     case = Case(micro_batch_size=BATCH)
     saved = []
     with one_rank():
@@ -111,8 +111,7 @@ def test_the_loop_names_step_and_samples():
                 Work(BATCH * SEQUENCE, 1.0, 1, None),
                 config,
                 CheckpointConfig(interval=2),
-                None,
-                Recorded(saved),
+                Surroundings(Recorded(saved), directory=tmp_path),
             )
     message = str(caught.value)
     assert message.startswith("step 5: loss nan")
