@@ -2,8 +2,8 @@
 
 The bare loop is the shortest that trains: batch, forward and backward through megatron-core's schedule,
 clip and update, learning rate. Ours does the same steps with everything around them: prefetched data,
-metrics, console line, guards, watchdog, signals. Same weights, same data; blocks of both in turns, so that a busy
-machine slows both alike.
+metrics, console line, guards, watchdog, signals. Same weights, same data; blocks of both in turns, so that a
+busy machine slows both alike.
 """
 
 import json

@@ -213,10 +213,10 @@ class OutputConfig:
     """Largest safetensors file of an export, as transformers spells it."""
 
     tensorboard: bool = False
-    """Write `<dir>/tensorboard` beside `metrics.jsonl` (needs the extra `tensorboard`)."""
+    """Write `<dir>/tensorboard` beside `metrics.jsonl` (needs the extra `tracking`)."""
 
     wandb: str | None = None
-    """Project of Weights & Biases to log into (needs the extra `wandb`)."""
+    """Project of Weights & Biases to log into (needs the extra `tracking`)."""
 
     wandb_mode: Literal["online", "offline"] = "online"
     """`offline` keeps the run in `<dir>/wandb`, for `wandb sync` from a machine with a connection."""

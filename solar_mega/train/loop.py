@@ -25,8 +25,8 @@ from solar_mega.train.work import Work
 
 __all__ = ["Feed", "Outcome", "Saves", "Surroundings", "Work", "train"]
 
-_SAVE_ALLOWANCE = 4.0
-"""A save may take this many times `train.hang_seconds`."""
+_SAVE_ALLOWANCE = _FIRST_ALLOWANCE = 4.0
+"""A save, or the first step, which compiles and connects, may take this many times `train.hang_seconds`."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ def train(
 
         if first_step == 0:
             report.validation(0, validate(0))
+        dog.beat(f"step {first_step + 1}", allowance=_FIRST_ALLOWANCE)
         for step in range(first_step + 1, config.steps + 1):
             tracing.before(step)
             trainer.stopwatch = Stopwatch() if stragglers.due(step) else None
