@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from solar_mega.config.command_line import RunOptions, parse_run
 from solar_mega.config.dpo import DPOConfig
 from solar_mega.config.load import to_toml
+from solar_mega.errors import ExitCode
 from solar_mega.runtime.console import say
 
 
@@ -13,11 +14,10 @@ def dpo(argv: Sequence[str]) -> int:
     options, cfg = parse_run(RunOptions, DPOConfig, argv, "dpo")
     from solar_mega.align import dpo as step
     from solar_mega.align import ladder
-    from solar_mega.runtime.signals import REQUEUE_EXIT_CODE
 
     if options.dry_run:
         say(to_toml(cfg))
         say(ladder.describe(cfg) if cfg.ladder.chunks else step.describe_run(cfg))
         return 0
     outcome = ladder.climb(cfg) if cfg.ladder.chunks else step.dpo(cfg)
-    return REQUEUE_EXIT_CODE if outcome.stopped_by else 0
+    return ExitCode.REQUEUE if outcome.stopped_by else ExitCode.DONE

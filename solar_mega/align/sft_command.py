@@ -8,6 +8,7 @@ from pathlib import Path
 from solar_mega.config.command_line import RunOptions, parse_run
 from solar_mega.config.load import to_toml
 from solar_mega.config.sft import SFTConfig
+from solar_mega.errors import ExitCode
 from solar_mega.runtime.console import say
 
 
@@ -23,7 +24,6 @@ def sft(argv: Sequence[str]) -> int:
     code."""
     options, cfg = parse_run(SFTOptions, SFTConfig, argv, "sft")
     from solar_mega.align import sft as stage
-    from solar_mega.runtime.signals import REQUEUE_EXIT_CODE
 
     if options.preview > 0:
         _preview(cfg, options.preview)
@@ -36,7 +36,7 @@ def sft(argv: Sequence[str]) -> int:
             say(to_toml(resolved))
             say(stage.describe(resolved, data, prepared))
         return 0
-    return REQUEUE_EXIT_CODE if stage.sft(cfg).stopped_by else 0
+    return ExitCode.REQUEUE if stage.sft(cfg).stopped_by else ExitCode.DONE
 
 
 def _preview(cfg: SFTConfig, count: int) -> None:

@@ -12,6 +12,19 @@ from solar_mega.runtime.trackers import Sink
 from solar_mega.train.step import Evaluation, StepResult
 from solar_mega.train.work import Work
 
+MEASURED = (
+    "seconds",
+    "tokens_per_second",
+    "data_wait_seconds",
+    "save_seconds",
+    "memory_bytes",
+    "memory_peak_bytes",
+    "memory_reserved_bytes",
+    "slowest_rank",
+    "slowest_over_median",
+)
+"""Columns of the metrics that two runs of the same do not share."""
+
 
 class Report:
     """Console line and metrics. Validation and saving are not training time."""

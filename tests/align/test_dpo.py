@@ -28,6 +28,7 @@ from solar_mega.config.command_line import RunOptions, parse_run
 from solar_mega.config.dpo import DPOConfig
 from solar_mega.errors import UserError
 from solar_mega.runtime.metrics import read_metrics
+from solar_mega.train.report import MEASURED
 from tests.distributed import run_ranks
 from tests.train.tiny import one_rank
 
@@ -49,8 +50,9 @@ TWO_RANKS = {
 
 
 def rows_of(run: Path) -> list[dict]:
-    timed = ("seconds", "tokens_per_second", "data_wait_seconds")
-    return [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(run / "metrics.jsonl")
+    ]
 
 
 def config(words: list[str]) -> DPOConfig:

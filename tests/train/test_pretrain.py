@@ -21,6 +21,7 @@ import torch
 from solar_mega.__main__ import main
 from solar_mega.artifact.hf import HFDirectory
 from solar_mega.runtime.metrics import read_metrics
+from solar_mega.train.report import MEASURED
 from tests.distributed import ROOT, run_ranks
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -41,8 +42,8 @@ def rewound(run: Path, copy: Path, step: int) -> Path:
 
 def history(run: Path) -> list[dict]:
     """Everything in the metrics that is not a measurement of time."""
-    timed = ("seconds", "tokens_per_second", "data_wait_seconds", "save_seconds", "memory_bytes")
-    return [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run / "metrics.jsonl")]
+    rows = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def losses(run: Path) -> list[float]:
