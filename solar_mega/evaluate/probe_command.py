@@ -1,6 +1,7 @@
 """`solar-mega probe`: which layer map to grow a model by, measured before anything is written."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -77,10 +78,14 @@ def probe(argv: Sequence[str]) -> int:
     from solar_mega.evaluate.probe import check
     from solar_mega.model.architecture import Architecture
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("probe runs in one process; start it without torchrun")
     source = open_source(options.src, "SRC")
     arch = Architecture.from_hf(source.config, str(source.path))
     numbers, maps = read_maps(options, arch.num_layers)
     check(maps)
+    for layer_map in maps:
+        arch.grown(layer_map)  # raises where layers of different kinds would be averaged
     tokenizer = load_tokenizer(options.tokenizer or source.side_files)
     check_vocabulary(tokenizer, arch.vocab_size)
     text = read_text(options, tokenizer, arch.max_position_embeddings)

@@ -9,7 +9,6 @@ from solar_mega.artifact.layer_source import MappedSource, Reader
 from solar_mega.checkpoint.names import LAYER_PREFIX, hf_names, rule_of
 from solar_mega.config.schema import ParallelConfig, Precision
 from solar_mega.depth.layer_map import LayerMap
-from solar_mega.errors import UserError
 from solar_mega.model.architecture import Architecture
 from solar_mega.model.builder import build_model
 from solar_mega.runtime import parallel as ranks
@@ -19,9 +18,9 @@ class Layers:
     """Embedding, layers and head of a source model, for running in any order. Process groups must exist
     (a world of one).
 
-    Layers wait in as many slots as `resident` says; with fewer slots than layers the one used longest ago
-    makes room. Layers that a map changes (means, scales, noise) are made anew each time they are asked for,
-    in a slot of their own.
+    Layers wait in slots; where those are fewer than the layers, the one used longest ago makes room. Layers
+    that a map changes (means, scales, noise) are made anew each time they are asked for, in a slot of their
+    own. A slot is built for layers with a sliding window or for layers without, so both kinds have theirs.
     """
 
     def __init__(
@@ -31,27 +30,23 @@ class Layers:
         Args:
             reader: the source's tensors by Hugging Face name.
             arch: of the source.
-            resident: layers kept in memory; at least 1.
+            resident: layers of each kind kept in memory; at least 1.
             positions: longest sequence.
-
-        Raises UserError when the layers of the source differ in kind and are not all resident: a slot is
-        built for one kind.
         """
         self.reader, self.arch = reader, arch
         self.count = arch.num_layers
         self.fetched = 0
-        self.slots = min(max(resident, 1), self.count)
-        kinds = arch.hf_config.get("layer_types") or []
-        if len(set(kinds)) > 1 and self.slots < self.count:
-            raise UserError(
-                f"layers of {sorted(set(kinds))} cannot share memory: this model is probed with all its "
-                "layers resident (--no-stream)"
-            )
-        small = replace(arch, num_layers=self.slots + 1)  # the last one for layers that a map changes
+        self.kinds = arch.windowed or (False,) * self.count
+        distinct = sorted(set(self.kinds))
+        slots = self.kinds if resident >= self.count else tuple(distinct * max(1, resident))
+        self._free = {kind: [i for i, slot in enumerate(slots) if slot == kind] for kind in distinct}
+        self._changed = {kind: len(slots) + i for i, kind in enumerate(distinct)}
+        self._held: dict[int, int] = {}  # source layer -> slot, used longest ago first
+        windowed = (*slots, *distinct) if arch.windowed else ()
+        small = replace(arch, num_layers=len(slots) + len(distinct), windowed=windowed)
         (self.model,) = build_model(small, ParallelConfig(), precision, max_sequence_length=positions)
         self.model.eval().requires_grad_(False)
         self._identity = LayerMap(self.count, tuple(range(self.count)))
-        self._held: dict[int, int] = {}  # source layer -> slot, used longest ago first
         for name, parameter in self.model.named_parameters():
             if not name.startswith(LAYER_PREFIX):
                 self._fill(name, parameter, self._identity, None)
@@ -67,8 +62,7 @@ class Layers:
         if layer in self._held:
             slot = self._held.pop(layer)
         else:
-            full = len(self._held) == self.slots
-            slot = self._held.pop(next(iter(self._held))) if full else self._free_slot(layer)
+            slot = self._empty_slot(self.kinds[layer])
             self._load(slot, self._identity, layer)
         self._held[layer] = slot
         return self.model.decoder.layers[slot]
@@ -78,8 +72,9 @@ class Layers:
         origins, modifier = layer_map.sources_of(target), layer_map.modifiers[target]
         if len(origins) == 1 and not modifier.changes_weights:
             return self.source_layer(origins[0])
-        self._load(self.slots, layer_map, target)
-        return self.model.decoder.layers[self.slots]
+        slot = self._changed[self.kinds[origins[0]]]
+        self._load(slot, layer_map, target)
+        return self.model.decoder.layers[slot]
 
     def forward(self, module: nn.Module, state: Tensor) -> Tensor:
         """[s, b, h] fp32 -> the same, through one layer."""
@@ -93,9 +88,10 @@ class Layers:
         tied = model.shared_embedding_or_output_weight() if self.arch.tied_embeddings else None
         return model.output_layer(normed, tied, losses=(labels.to(state.device), None))
 
-    def _free_slot(self, layer: int) -> int:
-        """Its own number while every layer has a slot: slots may be built for different kinds of layers."""
-        return layer if self.slots == self.count else len(self._held)
+    def _empty_slot(self, kind: bool) -> int:
+        if self._free[kind]:
+            return self._free[kind].pop()
+        return self._held.pop(next(layer for layer in self._held if self.kinds[layer] == kind))
 
     def _load(self, slot: int, layer_map: LayerMap, target: int) -> None:
         self.fetched += 1

@@ -8,6 +8,9 @@ import torch
 from solar_mega.__main__ import main
 from solar_mega.artifact.grow import grow
 from solar_mega.artifact.hf import HFDirectory
+from solar_mega.checkpoint.items import CheckpointTensors
+from solar_mega.checkpoint.source import open_source
+from solar_mega.checkpoint.views import MegatronView
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import UserError
 from solar_mega.evaluate.probe import Probe, Text, probe, work
@@ -63,7 +66,11 @@ def by_transformers(directory) -> tuple[float, list[torch.Tensor]]:
     return loss.item(), [*result.hidden_states[:-1], last[0]]
 
 
-@pytest.fixture(scope="module", params=["llama_mha", "llama3", "mistral_window"])
+def _averages(spelling: str) -> bool:
+    return "~" in spelling or spelling == "mean"
+
+
+@pytest.fixture(scope="module", params=["llama_mha", "llama3", "mistral_window", "qwen2_windows", "qwen3"])
 def family(request, tmp_path_factory):
     return make_family(request.param, tmp_path_factory.mktemp("probe"), layers=DEPTH)
 
@@ -74,7 +81,9 @@ def llama(tmp_path_factory):
 
 
 def test_losses_and_seams_are_those_of_grown_models(family, tmp_path):
-    found, layer_maps = run(family)
+    # means of a layer with a window and one without do not exist
+    maps = [spelling for spelling in MAPS if family.name != "qwen2_windows" or not _averages(spelling)]
+    found, layer_maps = run(family, maps)
     _, source_states = by_transformers(family)
     for facts, layer_map in zip(found.maps, layer_maps, strict=True):
         target = tmp_path / facts.spelling.replace(":", "_")
@@ -111,9 +120,12 @@ def test_maps_that_keep_the_function_cost_nothing(llama):
 
 
 @pytest.mark.parametrize("resident", [1, 2])
-def test_streaming_from_the_disk_changes_nothing(llama, resident):
-    whole, maps = run(llama)
-    streamed, _ = run(llama, resident=resident)
+@pytest.mark.parametrize("kind", ["llama_mha", "qwen2_windows"])
+def test_streaming_from_the_disk_changes_nothing(tmp_path, kind, resident):
+    directory = make_family(kind, tmp_path, layers=DEPTH)
+    maps = [spelling for spelling in MAPS if kind == "llama_mha" or not _averages(spelling)]
+    whole, maps = run(directory, maps)
+    streamed, _ = run(directory, maps=[str(layer_map) for layer_map in maps], resident=resident)
     assert (streamed.loss, streamed.layers, streamed.maps) == (whole.loss, whole.layers, whole.maps)
     assert whole.applied == streamed.applied == work(DEPTH, maps)
 
@@ -130,6 +142,22 @@ def test_a_scan_over_m_reads_the_weights_twice(llama):
 def test_fresh_layers_cannot_be_probed(llama):
     with one_rank(), pytest.raises(UserError, match="are fresh"):
         probe(None, text(), [LayerMap(DEPTH, (0, None, 1))])
+
+
+def test_a_megatron_checkpoint_is_probed_alike(llama, tmp_path):
+    """As `convert` writes it, and read through the packed parameters."""
+    checkpoint = tmp_path / "megatron"
+    assert main(["convert", str(llama), str(checkpoint), "--to", "megatron"]) == 0
+    source = open_source(checkpoint)
+    arch = Architecture.from_hf(source.config)
+    maps = [LayerMap.parse(spelling, DEPTH) for spelling in MAPS]
+    with one_rank():
+        view = MegatronView(CheckpointTensors(source.path), arch)
+        layers = Layers(view, arch, "fp32", 1, LENGTH)
+        found = probe(layers, text(), maps)
+    expected, _ = run(llama)
+    for facts, other in zip(found.maps, expected.maps, strict=True):
+        assert facts.loss == pytest.approx(other.loss, abs=1e-6), facts.spelling
 
 
 class TestSuggestion:
