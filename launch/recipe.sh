@@ -25,8 +25,8 @@ recipe_tiny() {
     local alpaca="alpaca $l/alpaca_gpt4.json rows=0:340" openorca="openorca runs/tiny/openorca/openorca.jsonl"
     local math="plain runs/tiny/synth_math/instruct.jsonl" math_pairs="plain runs/tiny/synth_math/alignment.jsonl"
     local orca_dpo="orca_dpo_pairs $l/orca_dpo.jsonl" ultra="ultrafeedback_allenai $l/ultrafeedback.jsonl rows=0:180"
-    local sft=(--data.valid "alpaca $l/alpaca_gpt4.json rows=340:" --train.log_interval 50 --data.train)
-    local sdpo=(--data.valid "ultrafeedback_allenai $l/ultrafeedback.jsonl rows=180:" --train.log_interval 50 --ladder.chunks)
+    local sft=(--data.valid "alpaca $l/alpaca_gpt4.json rows=340:" --train.log_interval 50 --train.threads 1 --data.train)
+    local sdpo=(--data.valid "ultrafeedback_allenai $l/ultrafeedback.jsonl rows=180:" --train.log_interval 50 --train.threads 1 --ladder.chunks)
 
     text
     lessons
