@@ -109,7 +109,7 @@ def _share_of(
         if not part.data.is_contiguous() or part.data.untyped_storage().data_ptr() != (
             parameter.untyped_storage().data_ptr()
         ):
-            raise NotImplementedError(f"{part.key}: a checkpoint entry that is no view of its parameter")
+            raise TypeError(f"{part.key}: a checkpoint entry that is no view of its parameter")
         begin = part.data.storage_offset() - parameter.storage_offset()
         low, high = max(start, begin), min(stop, begin + part.data.numel())
         # Axes that exist in the checkpoint only (stacked layers) lead the global shape.
