@@ -13,10 +13,11 @@ from solar_mega.runtime.metrics import read_metrics
 Axis = Literal["step", "tokens", "flops", "hours"]
 _X = {
     "step": ("step", 1.0, "optimizer steps"),
-    "tokens": ("tokens", 1e9, "tokens, billion"),
+    "tokens": ("tokens", 1.0, "tokens"),
     "flops": ("flops", 1e18, "training compute, EFLOP"),
     "hours": ("hours", 1.0, "hours of training"),
 }
+_UNITS = ((1e9, ", billion"), (1e6, ", million"), (1e3, ", thousand"), (1.0, ""))
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,23 @@ def _distinguished(runs: list[Run], paths: Sequence[Path]) -> list[Run]:
     ]
 
 
+def _axis(runs: Sequence[Run], x: Axis) -> tuple[str, float, str]:
+    """Key of the metrics, what it is divided by, label: tokens in the unit that fits the longest run."""
+    key, scale, label = _X[x]
+    if x != "tokens":
+        return key, scale, label
+    most = max(row["tokens"] for run in runs for row in run.rows)
+    scale, unit = next((s, name) for s, name in _UNITS if most >= s or s == 1.0)
+    return key, scale, label + unit
+
+
 def draw(runs: Sequence[Run], path: Path, x: Axis = "tokens", smooth: int = 1) -> None:
     """Loss (thin) and validation loss (thick), gradient norm, tokens per second, memory.
 
     Args:
         smooth: steps averaged in all but the validation loss.
     """
-    key, scale, label = _X[x]
+    key, scale, label = _axis(runs, x)
     with figure(path, 2, 2, figsize=(11.5, 7.2), sharex=True) as (_, axes):
         (losses, norms), (rates, memory) = axes
         for run, colour in zip(runs, (OURS, *OTHERS * 8), strict=False):
