@@ -115,7 +115,7 @@ stage() {
             ;;
         merge) words+=(--models "${sources[@]}" --out "$leaves" "$@") ;;
         contamination)
-            words+=(--model "${sources[0]}" --out "$leaves.json" "$@")
+            words=("${sources[0]}" "${words[@]}" --out "$leaves.json" "$@")
             leaves=$leaves.json
             ;;
         evaluate)
