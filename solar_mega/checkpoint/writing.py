@@ -168,15 +168,18 @@ def _write_bucket(bucket: Bucket, hashed: bool) -> tuple[str, list[WriteResult],
     path, name, (objects, tensors) = bucket
     results = []
     with open(path, "wb") as file:
-        stream = _Hashing(file) if hashed else file
-        for item, content in objects:
-            results.append(_written(stream, item, content, name))
-        for item, tensor in tensors:
-            # torch.save writes the whole storage of a view.
-            whole = tensor.untyped_storage().size() == tensor.numel() * tensor.itemsize
-            results.append(_written(stream, item, tensor if whole else tensor.clone(), name))
-        file.flush()
-        os.fsync(file.fileno())
+        stream = _Stream(file, hashed)
+        try:
+            for item, content in objects:
+                results.append(_written(stream, item, content, name))
+            for item, tensor in tensors:
+                # torch.save writes the whole storage of a view.
+                whole = tensor.untyped_storage().size() == tensor.numel() * tensor.itemsize
+                results.append(_written(stream, item, tensor if whole else tensor.clone(), name))
+            file.flush()
+            os.fsync(file.fileno())
+        except Exception as error:
+            raise stream.failure or error from error
     return name, results, stream.digest.hexdigest() if hashed else None
 
 
@@ -187,16 +190,23 @@ def _written(stream: IO[bytes], item: Any, content: Any, name: str) -> WriteResu
     return _write_item(transforms, stream, content, item, name, SerializationFormat.TORCH_SAVE)
 
 
-class _Hashing:
-    """A file that hashes what is written to it; torch.save only ever appends."""
+class _Stream:
+    """A file that hashes what is written to it (torch.save only ever appends) and remembers why a write
+    failed: torch's own error after it speaks of an "unexpected pos" in the archive, not of a full disk."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest = file, hashlib.sha256()
+    def __init__(self, file: IO[bytes], hashed: bool) -> None:
+        self.file, self.digest = file, hashlib.sha256() if hashed else None
         self.tell, self.flush = file.tell, file.flush
+        self.failure: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
+        if self.digest is not None:
+            self.digest.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
 
 
 def _die_with(parent: int) -> None:

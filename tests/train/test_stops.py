@@ -90,7 +90,7 @@ def test_a_full_disk_stops_the_run_or_not_as_configured(inputs, tmp_path, capfd,
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
     said = capfd.readouterr()
-    assert code == 2 and "saving" in said.err and "older ones are untouched" in said.err
+    assert code == 2 and "would be larger" in said.err and "older ones are untouched" in said.err
     steps = [row["step"] for row in history(run) if "loss" in row]
     # Continuing, only the last save, which nothing can follow, is fatal. In the background a failure shows a
     # little later.
