@@ -107,12 +107,16 @@ def read_data(cfg: SFTConfig, cache: Path | None = None) -> SFTData:
     if cfg.data.tokenizer is not None:
         check_same_vocabulary(tokenizer, source.side_files)
     template = load_template(cfg.data.template, tokenizer)
-    options = TokenOptions(cfg.train.seq_length, cfg.data.overlong, cfg.train.seed, cfg.data.strict)
+    options = token_options(cfg)
     cache = cache or cfg.data.cache or cfg.output.dir / "data_cache"
     train = tokenized(specs, template, tokenizer, options, cache)
     valid = tokenized(valid_specs, template, tokenizer, options, cache) if valid_specs else None
     rows = PackedRows(train.lengths, cfg.train.seq_length, cfg.train.seed, together=cfg.data.packing)
     return SFTData(tokenizer, template, train, valid, rows, _one_pass(cfg, valid))
+
+
+def token_options(cfg: SFTConfig) -> TokenOptions:
+    return TokenOptions(cfg.train.seq_length, cfg.data.overlong, cfg.train.seed, cfg.data.strict)
 
 
 def _one_pass(cfg: SFTConfig, valid: TokenizedSet | None) -> list[list[int]]:

@@ -128,7 +128,8 @@ def tokenize(
     with Progress(len(instructions), "rows", f"tokenise {report.name}") as progress:
         for instruction in instructions:
             try:
-                one = _fitted(encode(instruction.messages, template, tokenizer), options, report)
+                whole = encode(instruction.messages, template, tokenizer)
+                one = fitted(whole, options)
             except BadConversation as fault:
                 report.drop(str(fault), instruction.where)
                 report.kept -= 1
@@ -136,13 +137,15 @@ def tokenize(
             finally:
                 progress.advance(1)
             done.append(one)
+            report.truncated += len(one) < len(whole)
             report.tokens += len(one)
             report.loss_tokens += int(one.loss.sum())
             report.boundary += one.boundary > 0
     return done
 
 
-def _fitted(one: Encoded, options: TokenOptions, report: InstructionReport) -> Encoded:
+def fitted(one: Encoded, options: TokenOptions) -> Encoded:
+    """`one` within the limit of `options`, cut at its end where they say so. Raises BadConversation."""
     limit = options.seq_length + 1
     if not one.loss[1:].any():
         raise BadConversation("nothing to predict")
@@ -152,7 +155,6 @@ def _fitted(one: Encoded, options: TokenOptions, report: InstructionReport) -> E
         raise BadConversation(FILLED)
     if options.overlong == "drop":
         raise BadConversation(TOO_LONG)
-    report.truncated += 1
     return Encoded(one.ids[:limit], one.loss[:limit], one.boundary)
 
 

@@ -15,6 +15,8 @@ from solar_mega.data.chat import BadConversation, ChatTemplate, Encoded, Message
 from solar_mega.data.preferences import Pair, PairReport, Unusable
 from solar_mega.data.tokenizer import Tokenizer
 
+SAME_CUT = "chosen and rejected are the same after cutting to length"
+
 
 @dataclass(frozen=True, slots=True)
 class Response:
@@ -77,7 +79,7 @@ def tokenize_pairs(
     for pair in pairs:
         try:
             chosen, rejected = (
-                _encode(pair.prompt, response, template, tokenizer)
+                encode_response(pair.prompt, response, template, tokenizer)
                 for response in (pair.chosen, pair.rejected)
             )
         except Unusable as fault:
@@ -86,7 +88,7 @@ def tokenize_pairs(
             continue
         tokens = cut_to_length(chosen, rejected, lengths, tokenizer.bos_id, counts)
         if np.array_equal(tokens.chosen.ids, tokens.rejected.ids):
-            report.drop("chosen and rejected are the same after cutting to length", pair.id)
+            report.drop(SAME_CUT, pair.id)
             report.kept -= 1
             continue
         done.append(tokens)
@@ -97,9 +99,10 @@ def tokenize_pairs(
     return done, counts
 
 
-def _encode(
+def encode_response(
     prompt: Sequence[Message], response: str, template: ChatTemplate, tokenizer: Tokenizer
 ) -> Response:
+    """Prompt and response, at whatever length. Raises Unusable."""
     try:
         encoded = encode([*prompt, Message("assistant", response)], template, tokenizer)
     except BadConversation as error:
@@ -124,26 +127,35 @@ def last_turn(encoded: Encoded) -> Response:
 def cut_to_length(
     chosen: Response, rejected: Response, lengths: Lengths, bos_id: int | None, report: TokenReport
 ) -> TokenPair:
-    """Both within `max_length`. As TRL's trainer did for Zephyr: where either is too long, the prompts of
-    both lose their beginning, down to `max_prompt_length`, and what is still too long loses its end. Unlike
-    there, BOS stays in front, and responses may fill the room that a short prompt leaves.
-    """
-    if max(len(chosen), len(rejected)) <= lengths.max_length:
-        return TokenPair(chosen, rejected)
+    """Both within `max_length`, of each its `kept_tokens`."""
     parts, prompt_cut = [], False
-    for response in (chosen, rejected):
-        start = int(response.loss.argmax())
-        keep = start
-        ids, loss = response.ids, response.loss
-        if start > lengths.max_prompt_length:
-            keep, prompt_cut = lengths.max_prompt_length, True
-            head = ids[:1] if bos_id is not None and ids[0] == bos_id and keep > 1 else ids[:0]
-            ids = np.concatenate([head, ids[start - keep + len(head) :]])
-            loss = np.arange(len(ids)) >= keep
-        report.responses_cut += len(ids) > lengths.max_length
-        parts.append(Response(ids[: lengths.max_length], loss[: lengths.max_length]))
+    kept = kept_tokens(chosen, rejected, lengths, bos_id)
+    for response, mask in zip((chosen, rejected), kept, strict=True):
+        prompt_cut |= not mask[~response.loss].all()
+        report.responses_cut += not mask[response.loss].all()
+        parts.append(Response(response.ids[mask], response.loss[mask]))
     report.prompts_cut += prompt_cut
     return TokenPair(*parts)
+
+
+def kept_tokens(
+    chosen: Response, rejected: Response, lengths: Lengths, bos_id: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens of each stay [n] bool. As TRL's trainer did for Zephyr: where either is too long, the
+    prompts of both lose their beginning, down to `max_prompt_length`, and what is still too long loses its
+    end. Unlike there, BOS stays in front, and responses may fill the room that a short prompt leaves.
+    """
+    masks = np.ones(len(chosen), dtype=bool), np.ones(len(rejected), dtype=bool)
+    if max(len(chosen), len(rejected)) <= lengths.max_length:
+        return masks
+    for response, mask in zip((chosen, rejected), masks, strict=True):
+        start = int(response.loss.argmax())
+        keep = lengths.max_prompt_length
+        if start > keep:
+            head = int(bos_id is not None and response.ids[0] == bos_id and keep > 1)
+            mask[head : start - keep + head] = False
+        mask[np.flatnonzero(mask)[lengths.max_length :]] = False
+    return masks
 
 
 def fingerprint(pairs: Sequence[TokenPair]) -> str:

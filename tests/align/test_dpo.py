@@ -288,6 +288,12 @@ def test_bad_pairs_are_reported_and_strict_mode_stops(pair_inputs, tmp_path, cap
         "cut to length: 1 prompts, 2 responses",
     ):
         assert text in report, report
+    preview = [*words[:-1], "--preview", "2"]
+    assert main(preview) == 0
+    shown = capsys.readouterr().out
+    assert f"no field rejected ({bad}:3" in shown and "⟦a</s>⟧" in shown and "⟦b</s>⟧" in shown
+    assert "--- prompt: 48 of " in shown and "⟧✂ " in shown
+    assert not (tmp_path / "run").exists()
     assert main([*words, "--data.strict", "true"]) == 2
     error = capsys.readouterr().err
     assert "data.strict = true" in error and "no field rejected" in error

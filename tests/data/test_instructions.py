@@ -9,7 +9,6 @@ import pytest
 from solar_mega.data.chat import load_template
 from solar_mega.data.instruction_tokens import FILLED, TOO_LONG, TokenOptions, content_hash, tokenized
 from solar_mega.data.instructions import FILTERED, read_instructions, specs_of
-from solar_mega.data.preview import preview
 from solar_mega.data.rows import DatasetSpec
 from solar_mega.errors import UserError
 
@@ -206,11 +205,3 @@ def test_content_hash_sees_every_byte(tmp_path) -> None:
     assert before == content_hash(tmp_path / "a" / "*.json") and content_hash(tmp_path / "no/such") == ""
     (tmp_path / "a" / "x.json").write_text("[2]")
     assert content_hash(tmp_path / "a") != before
-
-
-def test_preview_marks_what_is_in_the_loss(hf_tokenizer, write) -> None:
-    template = load_template("solar", hf_tokenizer)
-    (instruction,), _ = _read("sharegpt", write([ROWS["sharegpt"][0]]))
-    shown = preview(instruction, template, hf_tokenizer)
-    assert shown.splitlines()[0].endswith("in the loss")
-    assert "### User:\na\n\n### Assistant:\n⟦b</s>⟧\n\n### User:\nc\n\n### Assistant:\n⟦d</s>⟧\n" in shown
