@@ -340,6 +340,17 @@ def write_template(directory: Path, template: ChatTemplate, tokenizer: Tokenizer
     _write_json(directory / "generation_config.json", generation)
 
 
+def stop_tokens(directory: Path, eos_id: int | None) -> list[int]:
+    """Ids at which the model of a Hugging Face directory ends a turn: those that generation_config.json or
+    else config.json names, and the tokenizer's EOS."""
+    for name in ("generation_config.json", "config.json"):
+        named = _read_json(Path(directory) / name).get("eos_token_id")
+        if named is not None:
+            break
+    ids = [*(named if isinstance(named, list) else [named]), eos_id]
+    return list(dict.fromkeys(id for id in ids if id is not None))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 

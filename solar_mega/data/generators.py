@@ -1,5 +1,5 @@
-"""Text from a language model, whichever is at hand: an OpenAI-compatible endpoint, a local transformers
-model, vLLM, or a file of recorded answers.
+"""Text from a language model, whichever is at hand: an OpenAI-compatible endpoint or a file of recorded
+answers; models on this machine are in local_generators.py.
 
 A generator takes requests and gives back completions as they are done, in any order; failures too, so that
 one bad request does not end a night's work.
@@ -38,6 +38,9 @@ class Completion:
     completion_tokens: int = 0
     error: str | None = None
     """Why there is no text."""
+
+
+CUT_OFF = "cut off at --max-tokens"
 
 
 class Generator(Protocol):
@@ -154,7 +157,7 @@ class EndpointGenerator:
             content = json.loads(answer.read().decode("utf-8"))
         choice, usage = content["choices"][0], content.get("usage") or {}
         if choice.get("finish_reason") == "length":
-            return Completion(request, "", *_tokens(usage), error="cut off at --max-tokens")
+            return Completion(request, "", *_tokens(usage), error=CUT_OFF)
         return Completion(request, choice["message"]["content"] or "", *_tokens(usage))
 
 
@@ -179,108 +182,6 @@ def _reason(error: urllib.error.HTTPError) -> str:
 def _retry_after(error: urllib.error.HTTPError) -> float | None:
     value = error.headers.get("Retry-After", "")
     return float(value) if value.replace(".", "", 1).isdigit() else None
-
-
-# ------------------------------------------------------------------------------------------ local models
-
-
-class TransformersGenerator:
-    """A local Hugging Face model with its chat template, batch by batch, on the GPU if there is one."""
-
-    def __init__(self, model: Path, sampling: Sampling, batch_size: int = 8) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        if not model.is_dir():
-            raise UserError(f"--model {model}: no such directory; give a Hugging Face model directory")
-        self.name = (
-            f"transformers {model} t{sampling.temperature} max{sampling.max_tokens} seed{sampling.seed}"
-        )
-        self.sampling, self.batch_size = sampling, batch_size
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(str(model), local_files_only=True, dtype="auto")
-        self.model.to(self.device).eval()
-        if self.tokenizer.chat_template is None:
-            raise UserError(f"--model {model}: its tokenizer has no chat template to ask questions with")
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-
-    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        for start in range(0, len(requests), self.batch_size):
-            yield from self._batch(requests[start : start + self.batch_size])
-
-    def _batch(self, requests: Sequence[Request]) -> list[Completion]:
-        import torch
-
-        texts = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": request.prompt}], tokenize=False, add_generation_prompt=True
-            )
-            for request in requests
-        ]
-        inputs = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        inputs = inputs.to(self.device)
-        torch.manual_seed(self.sampling.seed + requests[0].sample)
-        sampled = self.sampling.temperature > 0
-        with torch.no_grad():
-            output = self.model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=self.sampling.max_tokens,
-                do_sample=sampled,
-                temperature=self.sampling.temperature if sampled else None,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-        width = inputs["input_ids"].shape[1]
-        return [
-            self._completion(request, ids[width:], int(mask.sum()))
-            for request, ids, mask in zip(requests, output, inputs["attention_mask"], strict=True)
-        ]
-
-    def _completion(self, request: Request, ids: Any, prompt_tokens: int) -> Completion:
-        ends = self.model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
-        generated = ids.tolist()
-        end = next((i for i, token in enumerate(generated) if token in ends), None)
-        if end is None:
-            return Completion(request, "", prompt_tokens, len(generated), "cut off at --max-tokens")
-        text = self.tokenizer.decode(generated[:end], skip_special_tokens=True)
-        return Completion(request, text, prompt_tokens, end + 1)
-
-
-class VllmGenerator:
-    """vLLM's own batching on the GPUs of this machine."""
-
-    def __init__(self, model: str, sampling: Sampling, tensor_parallel: int = 1) -> None:
-        try:
-            from vllm import LLM, SamplingParams
-        except ImportError:
-            raise UserError(
-                "--backend vllm needs the package vllm (a GPU machine): pip install vllm; or serve the model "
-                "elsewhere and use --backend openai --base-url"
-            ) from None
-        self.name = f"vllm {model} {sampling.name}"
-        self.sampling, self._parameters = sampling, SamplingParams
-        self.model = LLM(model=model, tensor_parallel_size=tensor_parallel, seed=sampling.seed)
-
-    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        parameters = [
-            self._parameters(
-                temperature=self.sampling.temperature,
-                max_tokens=self.sampling.max_tokens,
-                seed=self.sampling.seed + request.sample,
-            )
-            for request in requests
-        ]
-        chats = [[{"role": "user", "content": request.prompt}] for request in requests]
-        for request, answer in zip(requests, self.model.chat(chats, parameters), strict=True):
-            output = answer.outputs[0]
-            tokens = len(answer.prompt_token_ids), len(output.token_ids)
-            if output.finish_reason == "length":
-                yield Completion(request, "", *tokens, error="cut off at --max-tokens")
-            else:
-                yield Completion(request, output.text, *tokens)
 
 
 # ------------------------------------------------------------------------------------------------ replay

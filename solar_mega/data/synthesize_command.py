@@ -14,9 +14,8 @@ from solar_mega.data.generators import (
     Generator,
     ReplayGenerator,
     Sampling,
-    TransformersGenerator,
-    VllmGenerator,
 )
+from solar_mega.data.local_generators import TransformersGenerator, VllmGenerator
 from solar_mega.data.math_answers import require_library
 from solar_mega.data.rows import DatasetSpec
 from solar_mega.data.synthesize import ALIGNMENT, INSTRUCT, KINDS, Kind, Report
@@ -70,6 +69,9 @@ class SynthesizeOptions:
     concurrency: int = 8
     """Requests under way at the endpoint; batch size of transformers."""
 
+    tensor_parallel: int = 1
+    """GPUs that hold the model together, of vLLM."""
+
     requests_per_minute: float | None = None
     """Of the endpoint; default: no limit of ours."""
 
@@ -106,7 +108,15 @@ def _check(o: SynthesizeOptions) -> None:
         problems.add(f"--output {o.output}: is a file; name a directory")
     if not o.kinds or len(set(o.kinds)) < len(o.kinds):
         problems.add(f"--kinds {' '.join(o.kinds)}: name one or more of {', '.join(KINDS)}, each once")
-    for name, least in (("samples", 1), ("max_tokens", 1), ("concurrency", 1), ("retries", 0), ("limit", 1)):
+    at_least = {
+        "samples": 1,
+        "max_tokens": 1,
+        "concurrency": 1,
+        "retries": 0,
+        "limit": 1,
+        "tensor_parallel": 1,
+    }
+    for name, least in at_least.items():
         value = getattr(o, name)
         if value is not None and value < least:
             problems.add(f"--{name.replace('_', '-')} {value}: must be at least {least}")
@@ -128,7 +138,7 @@ def _generator(o: SynthesizeOptions) -> Generator:
     if o.backend == "transformers":
         return TransformersGenerator(Path(o.model), sampling, o.concurrency)
     if o.backend == "vllm":
-        return VllmGenerator(o.model, sampling)
+        return VllmGenerator(Path(o.model), sampling, o.tensor_parallel)
     return EndpointGenerator(
         o.base_url,
         o.model,
