@@ -1,10 +1,14 @@
 """Token log-probs straight from hidden states: both ways to the gradient, in pieces and over ranks."""
 
+import functools
+
 import pytest
 import torch
 
 from solar_mega import ops
-from solar_mega.ops.pieces import pieces_of
+from solar_mega.bench import measure
+from solar_mega.ops import linear_by_tokens, pieces
+from solar_mega.ops.pieces import WideSum, pieces_of
 from tests.distributed import run_ranks
 from tests.ops.devices import DEVICES
 from tests.ops.multiplications import Multiplications
@@ -34,15 +38,30 @@ def weights_for(way, dlogps):
     return {"token_weights": dlogps} if way == "tokens" else {}
 
 
+# Of bf16 on a CPU: as on processors that multiply bf16 matrices faster, or fp32 ones.
+PRODUCTS = {"fp32": torch.float32, "bf16, products in bf16": torch.bfloat16, "bf16, in fp32": torch.bfloat16}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 78 rows of the head, and any piece of tokens is large enough."""
+    for module in (pieces, linear_by_tokens):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(linear_by_tokens, "FEWEST", 1)
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("limit", [1, 20_000, 2**30], ids=["least", "several", "one piece"])
 @pytest.mark.parametrize("options", [{}, SMOOTHED], ids=["plain", "smoothed, z"])
-def test_errs_no_more_than_all_logits_at_once(device, dtype, way, limit, options):
+def test_errs_no_more_than_all_logits_at_once(
+    device, products, way, limit, options, small_blocks, monkeypatch
+):
     """Against fp64, at most twice the error of the same matmuls around the formula with all logits in
     memory."""
-    x, weight, targets, dlogps = inputs(dtype, device)
+    monkeypatch.setattr(pieces, "products_in_fp32", lambda: products.endswith("in fp32"))
+    x, weight, targets, dlogps = inputs(PRODUCTS[products], device)
     targets[1, 3], mask = -100, dlogps > -1.5
     options = dict(mask=mask, vocab_size=1000, **options)
     targets = targets.clamp(max=999)
@@ -50,8 +69,12 @@ def test_errs_no_more_than_all_logits_at_once(device, dtype, way, limit, options
         ops.linear_token_logprob_reference, x.double(), weight.double(), targets, dlogps, 0.5, **options
     )
     rough = run(ops.linear_token_logprob_reference, x, weight, targets, dlogps, 0.5, **options)
-    pieces = dict(max_logits_bytes=limit, **weights_for(way, dlogps))
-    got = run(ops.linear_token_logprob, x, weight, targets, dlogps, 0.5, **pieces, **options)
+    if way == "tokens" and x.element_size() == 2:
+        limit += 16 * 1003 * 4 + 2 * 64 * (1003 + 165) + 20_000  # 16 tokens' logits, fp32 sums, one block
+    given = dict(max_logits_bytes=limit, **weights_for(way, dlogps))
+    with Multiplications() as multiplications:
+        got = run(ops.linear_token_logprob, x, weight, targets, dlogps, 0.5, **given, **options)
+    assert round(multiplications.total / (165 * 64 * 1003)) == (3 if way == "tokens" else 4)
     for name, value, want, formula in zip(("logps", "dhidden", "dweight"), got, exact, rough, strict=True):
         error, allowed = (value.double() - want).abs(), (formula.double() - want).abs()
         slack = torch.finfo(value.dtype).eps / 2 * want.abs().max()
@@ -59,12 +82,48 @@ def test_errs_no_more_than_all_logits_at_once(device, dtype, way, limit, options
         assert error.mean() <= 2 * allowed.mean() + slack / 16, name
 
 
+@pytest.mark.parametrize("in_fp32", [False, True], ids=["products in bf16", "in fp32"])
+@pytest.mark.parametrize("way, mib", [("columns", 2), ("tokens", 4), ("tokens", 8)])
+def test_memory_beside_the_gradients_keeps_within_the_limit(way, mib, in_fp32, monkeypatch):
+    """On a CPU, in bf16: all the allocator sees in forward and backward, where all logits in fp32 would be
+    48 MiB. Beside the pieces there may be hidden and its gradient in fp32, and a block of a product."""
+    monkeypatch.setattr(pieces, "products_in_fp32", lambda: in_fp32)
+    x, weight, targets, dlogps = inputs(torch.bfloat16, tokens=(1536,), hidden=128, vocab=8192)
+    options = dict(max_logits_bytes=mib * 2**20, **weights_for(way, dlogps))
+    for module in (pieces, linear_by_tokens):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 2**18)
+    monkeypatch.setattr(linear_by_tokens, "FEWEST", 16)
+    with Multiplications() as multiplications:
+        run(ops.linear_token_logprob, x, weight, targets, dlogps, **options)
+    assert multiplications.total == (3 if way == "tokens" else 4) * 1536 * 128 * 8192
+    beside = 2 * x.numel() * 4 + 2**18 + 40 * 4 * 1536
+    call = functools.partial(run, ops.linear_token_logprob, x, weight, targets, dlogps, **options)
+    peak = measure.extra_memory(call, torch.device("cpu"))
+    assert peak <= x.nbytes * 2 + weight.nbytes * 2 + mib * 2**20 + beside  # the leaves are copies
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+@pytest.mark.parametrize("factor", [None, 3.0])
+def test_a_wide_sum_is_rounded_in_its_own_memory(rows, factor, small_blocks):
+    random = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, rows, 9, generator=random), torch.randn(2, 9, 1200, generator=random)
+    total = WideSum(torch.empty(rows, 1200, dtype=torch.bfloat16), torch.float32)
+    for number in range(2):
+        for start in range(0, rows, 3):
+            block = slice(start, min(start + 3, rows))
+            total.multiply(block, a[number, block], b[number], add=number > 0)
+    exact = (a.double() @ b.double()).sum(0) * (factor or 1)
+    got = total.rounded(None if factor is None else torch.tensor(factor))
+    assert got.dtype == torch.bfloat16 and got.untyped_storage().nbytes() == rows * 1200 * 2
+    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-5)
+
+
 def test_pieces_cover_everything_once_within_the_limit():
     for count in (1, 15, 16, 17, 1000, 32_000):
         for limit in (1, 10_000, 10**6, 10**9):
-            pieces = pieces_of(count, 100, limit, 16)
-            assert [i for p in pieces for i in range(p.start, p.stop)] == list(range(count))
-            assert all((p.stop - p.start) * 100 <= max(limit, 1600) for p in pieces)
+            cut = pieces_of(count, 100, limit, 16)
+            assert [i for p in cut for i in range(p.start, p.stop)] == list(range(count))
+            assert all((p.stop - p.start) * 100 <= max(limit, 1600) for p in cut)
     assert pieces_of(0, 100, 10, 16) == []
 
 
@@ -135,6 +194,20 @@ def test_a_broken_promise_shows_in_every_gradient():
     other[2, 7] += 0.01
     _, dhidden, dweight = run(ops.linear_token_logprob, x, weight, targets, other, token_weights=dlogps)
     assert dhidden.isnan().all() and dweight.isnan().all()
+
+
+def test_the_promise_is_checked_without_waiting_for_a_device():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    weights = torch.randn(7)
+    with NoReading():
+        factors = [linear_by_tokens._common_factor(c * weights, weights) for c in (0.0, -3.0)]
+    assert [f.item() for f in factors] == [0, -3] and all(f.dim() == 0 for f in factors)
 
 
 @pytest.mark.parametrize("factor", [1.0, -1.0, 1024.0, 1e-12, 0.0])
