@@ -15,6 +15,7 @@ _HELP = """usage: solar-mega bench WHAT [OPTIONS]    solar-mega bench WHAT --hel
   loop     our training loop beside a bare megatron-core loop; background saves beside saves waited for
   tokenize text to a corpus, beside the way of Megatron-LM's preprocess_data.py
   merge    merging two 7B models, beside cp and mergekit
+  merge-error  merged weights against fp64, ours and mergekit's
   convert  every route of the converter on a generated checkpoint, beside cp and mergekit
   evaluate the paper's tasks, beside lm-evaluation-harness's own transformers model"""
 
@@ -47,6 +48,10 @@ def bench(argv: Sequence[str]) -> int:
         from solar_mega.bench import merge
 
         merge.run(parse_options(merge.MergeBench, words, "bench merge"))
+    elif what == "merge-error":
+        from solar_mega.bench import merge_error
+
+        merge_error.run(parse_options(merge_error.MergeErrorBench, words, "bench merge-error"))
     elif what == "convert":
         from solar_mega.bench import convert
 
@@ -68,7 +73,7 @@ def bench(argv: Sequence[str]) -> int:
         tokenize.run(parse_options(tokenize.TokenizeBench, words, "bench tokenize"))
     else:
         raise UserError(
-            f"bench {what}: unknown; allowed: kernels, dpo, dpo-step, step, loop, tokenize, merge, convert, "
-            "evaluate"
+            f"bench {what}: unknown; allowed: kernels, dpo, dpo-step, step, loop, tokenize, merge, "
+            "merge-error, convert, evaluate"
         )
     return 0
