@@ -122,15 +122,15 @@ def write_surroundings(
     write_lineage(
         place,
         stage,
-        [_parent(Path(parent))] if parent else [],
+        [parent_of(Path(parent))] if parent else [],
         None if layer_map is None else LayerMap.from_json(layer_map),
         about,
     )
 
 
-def _parent(path: Path) -> Parent:
-    """A Megatron checkpoint is known by its run_state.json, which lists its files: hashing its optimizer
-    states would read many times the model."""
+def parent_of(path: Path) -> Parent:
+    """What a lineage says of a directory. A Megatron checkpoint is known by its run_state.json, which lists
+    its files: hashing its optimizer states would read many times the model."""
     if not path.is_dir():
         return Parent(str(path), "unknown: the directory is gone")
     state = path / "run_state.json"

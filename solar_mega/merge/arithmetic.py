@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from solar_mega.artifact.safetensors_format import DTYPES, torch_dtype
-from solar_mega.errors import UserError
 from solar_mega.merge.plan import Job, Origin
-from solar_mega.runtime.files import read_into
 
 CHUNK = 1 << 17
 """Elements per chunk: the buffers of two inputs and their bf16 bytes, 1.5 MB, stay in a core's cache."""
@@ -57,17 +55,8 @@ class Stream:
 
     def _read(self, i: int, start: int, count: int) -> Tensor:
         origin, raw, value = self.origins[i], self._raw[i][:count], self._values[i][:count]
-        info = origin.info
-        width = DTYPES[info.dtype][0] // 8
-        try:
-            read_into(
-                origin.reader.descriptor(info.name),
-                memoryview(raw.view(torch.uint8).numpy()),
-                info.offset + start * width,
-            )
-        except EOFError as error:
-            place = origin.reader.directory / info.file
-            raise UserError(f"{place} was cut while it was read ({info.name}): {error}") from error
+        width = DTYPES[origin.info.dtype][0] // 8
+        origin.reader.read_bytes(origin.info.name, start * width, memoryview(raw.view(torch.uint8).numpy()))
         return value if raw is value else value.copy_(raw)
 
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeOptions(RunOptions):
-    """Merge Hugging Face models into a new one. --config takes our TOML or a mergekit YAML (.yml, .yaml), and
-    every setting of the TOML is also a flag. All arithmetic is fp32, streamed; --out appears only when it is
-    complete."""
+    """Merge models (Hugging Face directories, Megatron checkpoints) into a new one. --config takes our TOML or
+    a mergekit YAML (.yml, .yaml), and every setting of the TOML is also a flag. All arithmetic is fp32,
+    streamed; --out appears only when it is complete."""
 
 
 @dataclass(frozen=True)

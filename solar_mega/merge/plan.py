@@ -12,6 +12,7 @@ from solar_mega.artifact.safetensors_format import DTYPES, TensorInfo, tensor_by
 from solar_mega.artifact.safetensors_io import SafetensorsReader
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import Problems, UserError
+from solar_mega.merge.models import MegatronTensors, open_model
 from solar_mega.merge.recipe import DEFAULTS, NEEDS_BASE, Part, Recipe, Slice, required_parameter
 from solar_mega.merge.vocabulary import vocabulary_of
 
@@ -48,7 +49,7 @@ _SHOWN = 6  # tensors named in one complaint
 class Origin:
     """A source tensor."""
 
-    reader: SafetensorsReader
+    reader: SafetensorsReader | MegatronTensors
     info: TensorInfo
 
 
@@ -143,7 +144,7 @@ def _open(paths: tuple[Path, ...]) -> dict[Path, HFDirectory]:
     models, problems = {}, Problems()
     for path in paths:
         try:
-            model = HFDirectory(path)
+            model = open_model(path)
             model.check_weights()
             models[path] = model
         except UserError as error:
@@ -157,7 +158,7 @@ def _shape_problems(recipe: Recipe, models: Mapping[Path, HFDirectory], warnings
     reference = models[recipe.reference]
     whole = all(part.layers is None for piece in recipe.slices for part in piece.parts)
     shaping = (*_SHAPING, *(["num_hidden_layers"] if whole else []))
-    vocabulary = vocabulary_of(reference.path)
+    vocabulary = vocabulary_of(reference.tokenizer_directory)
     for path, model in models.items():
         if model is reference:
             continue
@@ -171,7 +172,7 @@ def _shape_problems(recipe: Recipe, models: Mapping[Path, HFDirectory], warnings
                 warnings.append(
                     f"{key} of {path} is {theirs!r}; the result takes {mine!r} of {reference.path}"
                 )
-        difference = vocabulary.difference(vocabulary_of(path))
+        difference = vocabulary.difference(vocabulary_of(model.tokenizer_directory))
         if difference:
             texts.append(f"the tokenizer of {path} differs from that of {reference.path}: {difference}")
         texts += _tensor_problems(reference, model, whole)

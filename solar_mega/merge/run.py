@@ -25,8 +25,10 @@ from solar_mega.artifact.lineage import Parent, directory_hash, write_lineage
 from solar_mega.artifact.progress import Advances, ProgressFactory, silent
 from solar_mega.artifact.safetensors_format import torch_dtype
 from solar_mega.artifact.safetensors_io import SHARD_BYTES, ShardedWriter, as_bytes
+from solar_mega.checkpoint.to_hf import parent_of
 from solar_mega.errors import UserError
 from solar_mega.merge.arithmetic import CHUNK, Findings, Stream, merge_tensor
+from solar_mega.merge.models import MegatronModel
 from solar_mega.merge.plan import Job, MergePlan
 from solar_mega.runtime.files import atomic_directory, require_empty, require_space
 
@@ -102,7 +104,7 @@ def _write_weights(
     stop = threading.Event()
     for job in plan.jobs:  # opened here: readers open files on demand, and are not made for races
         for origin in job.origins:
-            origin.reader.descriptor(origin.info.name)
+            origin.reader.open(origin.info.name)
     with (
         ShardedWriter(directory, shard_bytes) as writer,
         progress(plan.nbytes, "bytes", "merge") as line,
@@ -172,10 +174,13 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 class _Parents:
-    """Content hashes of all models, computed beside the merge."""
+    """Content hashes of all models, computed beside the merge; checkpoints are known by their run state."""
 
     def __init__(self, plan: MergePlan) -> None:
         self.paths = list(plan.models)
+        self.checkpoints = {
+            path: model.checkpoint for path, model in plan.models.items() if isinstance(model, MegatronModel)
+        }
         self.stop = threading.Event()
         total = sum(origin.info.nbytes for job in plan.jobs for origin in job.origins)
         on_disk = sum(model.tensors.total_bytes for model in plan.models.values())
@@ -185,7 +190,11 @@ class _Parents:
 
     def __enter__(self) -> "_Parents":
         self.pool = ThreadPoolExecutor(len(self.paths), thread_name_prefix="hash")
-        self.hashes = [self.pool.submit(directory_hash, path, self._pace()) for path in self.paths]
+        self.hashes = {
+            path: self.pool.submit(directory_hash, path, self._pace())
+            for path in self.paths
+            if path not in self.checkpoints
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -213,7 +222,10 @@ class _Parents:
         """All parents; the merge is over, so nothing has to wait for it any more."""
         self.read = float("inf")
         return [
-            Parent.of(path, future.result()) for path, future in zip(self.paths, self.hashes, strict=True)
+            parent_of(self.checkpoints[path])
+            if path in self.checkpoints
+            else Parent.of(path, self.hashes[path].result())
+            for path in self.paths
         ]
 
 

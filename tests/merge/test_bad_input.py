@@ -80,7 +80,9 @@ def test_integers_are_not_weights(family, copy_of):
 def test_directories_that_are_not_models(family, tmp_path):
     with pytest.raises(UserError) as error:
         plan([tmp_path / "none", tmp_path])
-    assert "none is not a directory" in str(error.value) and "has no config.json" in str(error.value)
+    assert "none is not a directory" in str(error.value) and "neither config.json (Hugging Face) nor" in str(
+        error.value
+    )
 
 
 def test_flags_that_do_not_fit(family):
