@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeOptions(RunOptions):
-    """Merge models (Hugging Face directories, Megatron checkpoints) into a new one. --config takes our TOML or
-    a mergekit YAML (.yml, .yaml), and every setting of the TOML is also a flag. All arithmetic is fp32,
+    """Merge models (Hugging Face directories, Megatron checkpoints) into a new one. --config takes our TOML
+    or a mergekit YAML (.yml, .yaml), and every setting of the TOML is also a flag. All arithmetic is fp32,
     streamed; --out appears only when it is complete."""
 
 

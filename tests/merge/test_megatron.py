@@ -91,7 +91,7 @@ def test_either_kind_beside_the_other(models, tmp_path):
 
 def test_faults_of_checkpoints_are_named(models, tmp_path, capsys):
     broken = shutil.copytree(models["a"][1], tmp_path / "broken")
-    file = max(broken.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    file = max(broken.rglob("*.distcp"), key=lambda path: path.stat().st_size)
     os.truncate(file, file.stat().st_size // 2)
     (tmp_path / "empty").mkdir()
     words = ["merge", "--out", str(tmp_path / "out"), *METHODS["linear"], "--models"]
