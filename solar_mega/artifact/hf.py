@@ -109,10 +109,6 @@ class HFDirectory:
         return SafetensorsReader(self.path)
 
     @property
-    def tokenizer_directory(self) -> Path:
-        return self.path
-
-    @property
     def side_files(self) -> tuple[str, ...]:
         """Names of files, and template directories, that an exported or grown model takes over."""
         patterns = [*SIDE_FILES, *(["*.py"] if "auto_map" in self.config else [])]

@@ -141,15 +141,6 @@ class SafetensorsReader:
             self._read_into(info, buffer[i * segment : (i + 1) * segment], first + i * stride)
         return tensor
 
-    def open(self, name: str) -> None:
-        """Opens the shard of `name`; threads may then read from it at the same time."""
-        self.descriptor(name)
-
-    def read_bytes(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fills `buffer` with the tensor's bytes from `start` on."""
-        info = self.info(name)
-        self._read_into(info, buffer, info.offset + start)
-
     def raw(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """The tensor's bytes in chunks, undecoded."""
         info = self.info(name)

@@ -15,7 +15,7 @@ from solar_mega.errors import Problems, UserError
 
 _COMMANDS = """  /reset         forget the conversation
   /system TEXT   set the system message (no TEXT: remove it) and start anew
-  /exit          leave (so do Ctrl-D and an empty pipe); Ctrl-C stops an answer"""
+  /exit          leave (so does Ctrl-D); Ctrl-C stops an answer"""
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,26 @@ class ChatOptions:
 def chat(argv: Sequence[str]) -> int:
     options = parse_options(ChatOptions, argv, "chat")
     _check(options)
+    terminal = options.prompt is None and sys.stdin.isatty()
+    if terminal:
+        print(f"loading {options.model} ...", flush=True)
     talk = Conversation(options)
     if options.prompt is not None:
         talk.say(options.prompt, sys.stdout)
         return 0
-    terminal = sys.stdin.isatty()
     if terminal:
-        print(f"{options.model}: {talk.describe()}\n{_COMMANDS}")
+        print(f"{talk.describe()}\n{_COMMANDS}")
     for line in _lines(terminal):
         if line.startswith("/"):
             if not talk.command(line):
                 break
         elif line.strip():
-            talk.say(line, sys.stdout)
+            try:
+                talk.say(line, sys.stdout)
+            except (UserError, KeyboardInterrupt) as error:
+                if not terminal:
+                    raise
+                _note(str(error) or "stopped")  # a message beyond the context is no reason to leave
     return 0
 
 
@@ -88,11 +95,20 @@ def _lines(terminal: bool) -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history in input()
     while True:
+        print()  # not in the prompt, whose width readline counts
         try:
-            yield input("\n> ")
+            yield input("> ")
+        except KeyboardInterrupt:
+            print()
+            _note("Ctrl-D or /exit leaves")
         except EOFError:
             print()
             return
+
+
+def _note(text: str) -> None:
+    """Beside the conversation, so that a pipe gets answers only."""
+    print(f"({text})", file=sys.stderr, flush=True)
 
 
 class Conversation:
@@ -103,15 +119,19 @@ class Conversation:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
+        from solar_mega.data.chat import load_template, stop_tokens
         from solar_mega.data.tokenizer import load_tokenizer
 
-        load_tokenizer(o.model)  # says what is missing
+        tokenizer = load_tokenizer(o.model)  # says what is missing
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.options = o
         self.tokenizer = AutoTokenizer.from_pretrained(str(o.model), local_files_only=True)
+        self.ends = stop_tokens(o.model, self.tokenizer.eos_token_id)
         if o.template is not None:
-            self.tokenizer.chat_template = _template(o.template, o.model)
+            template = load_template(o.template, tokenizer)
+            self.tokenizer.chat_template = template.jinja
+            self.ends.append(tokenizer.special_pieces[template.end_of_turn])
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"{o.model} has no chat template (a base model); name one: --template alpaca, solar or a file"
@@ -135,49 +155,73 @@ class Conversation:
         if name in ("/exit", "/quit"):
             return False
         if name == "/system":
-            self.system = text.strip() or None
-        if name in ("/reset", "/system"):
+            self.system, self.turns = text.strip() or None, []
+            _note(f"a new conversation, {'with this' if self.system else 'without'} system message")
+        elif name == "/reset":
             self.turns = []
+            _note("a new conversation")
         else:
-            print(_COMMANDS)
+            if name != "/help":
+                _note(f"{name} is no command")
+            print(_COMMANDS, file=sys.stderr)
         return True
 
     def say(self, text: str, stream: Any) -> str:
-        """Answers as one more turn, writing as it goes. Ctrl-C ends the answer, which stays."""
+        """Answers as one more turn, writing as it goes. Ctrl-C ends the answer, and what is written stays.
+        Raises UserError for a message that fills the context alone; the conversation is as it was."""
+        before = list(self.turns)
+        try:
+            return self._say(text, stream)
+        except BaseException:
+            self.turns = before
+            raise
+
+    def _say(self, text: str, stream: Any) -> str:
         self.turns.append({"role": "user", "content": text})
-        ids = self._encode()
-        answer, interrupted = [], _Stop()
-        for piece in self._stream(ids, interrupted):
-            answer.append(piece)
-            stream.write(piece)
-            stream.flush()
+        answer, stop = "", _Stop()
+        with self._answering(self._encode(), stop) as pieces:
+            try:
+                for piece in pieces:
+                    piece = piece if answer else piece.lstrip()
+                    answer += piece
+                    stream.write(piece)
+                    stream.flush()
+            except KeyboardInterrupt:
+                stop.asked = True
         stream.write("\n")
         stream.flush()
-        self.turns.append({"role": "assistant", "content": "".join(answer)})
-        return self.turns[-1]["content"]
+        if stop.asked:
+            _note("stopped")
+        self.turns.append({"role": "assistant", "content": answer})
+        return answer
 
     def _encode(self) -> Any:
-        """Token ids of the conversation; the oldest turns go when the context is full."""
+        """Token ids of the conversation; the oldest turns go when the context is full. Raises UserError."""
         limit = self.model.config.max_position_embeddings - 1
+        room = min(self.options.max_new_tokens, max(limit // 4, 1))
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        turns = self.turns
         while True:
-            head = [{"role": "system", "content": self.system}] if self.system else []
             batch = self.tokenizer.apply_chat_template(
-                head + self.turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                head + turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
             length = batch["input_ids"].shape[1]
-            room = min(self.options.max_new_tokens, max(limit // 4, 1))
             if length + room <= limit:
-                return batch.to(self.model.device)
-            if len(self.turns) == 1:
-                self.turns = []
+                break
+            if len(turns) == 1:
                 raise UserError(
                     f"the message is {length} tokens long; the model's context of {limit + 1} leaves "
                     f"{limit - room}"
                 )
-            self.turns = self.turns[2:]
-            print("(the conversation is too long; its oldest turn was forgotten)", file=sys.stderr)
+            turns = turns[2:]
+        if len(turns) < len(self.turns):
+            _note("the conversation is too long; its oldest turn was forgotten")
+            self.turns = turns
+        return batch.to(self.model.device)
 
-    def _stream(self, batch: Any, stop: "_Stop") -> Iterator[str]:
+    @contextlib.contextmanager
+    def _answering(self, batch: Any, stop: "_Stop") -> Iterator[Iterator[str]]:
+        """Pieces of the answer as they come, from a thread that is gone in the end; raises what it raised."""
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
         o = self.options
@@ -185,13 +229,13 @@ class Conversation:
         room = self.model.config.max_position_embeddings - batch["input_ids"].shape[1]
         sampling: dict[str, Any] = {"do_sample": False}
         if o.temperature > 0:
-            sampling = {"do_sample": True, "temperature": o.temperature, "top_p": o.top_p}
+            sampling = {"do_sample": True, "temperature": o.temperature, "top_p": o.top_p, "top_k": 0}
         pad = self.tokenizer.pad_token_id
         arguments = dict(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             max_new_tokens=min(o.max_new_tokens, room),
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self.ends,
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
             stopping_criteria=StoppingCriteriaList([stop]),
             streamer=streamer,
@@ -209,11 +253,9 @@ class Conversation:
         thread = Thread(target=work, daemon=True)
         thread.start()
         try:
-            yield from streamer
-        except KeyboardInterrupt:
-            stop.asked = True
-            yield from streamer
+            yield streamer
         finally:
+            stop.asked = stop.asked or sys.exc_info()[0] is not None
             thread.join()
         if errors:
             raise errors[0]
@@ -228,10 +270,3 @@ class _Stop:
         import torch
 
         return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device, dtype=torch.bool)
-
-
-def _template(spec: str, directory: Path) -> str:
-    from solar_mega.data.chat import load_template
-    from solar_mega.data.tokenizer import load_tokenizer
-
-    return load_template(spec, load_tokenizer(directory)).jinja

@@ -12,14 +12,16 @@ from torch import Tensor
 
 from solar_mega.artifact.hf import HFDirectory
 from solar_mega.artifact.safetensors_format import DTYPES, TensorInfo, tensor_bytes
-from solar_mega.artifact.safetensors_io import as_bytes
+from solar_mega.artifact.safetensors_io import SafetensorsReader, as_bytes
 from solar_mega.checkpoint.items import CheckpointTensors
 from solar_mega.checkpoint.source import Source, open_source
 from solar_mega.checkpoint.views import MegatronView
+from solar_mega.errors import UserError
 from solar_mega.model.architecture import Architecture
+from solar_mega.runtime.files import read_into
 
 
-def open_model(path: Path) -> HFDirectory:
+def open_model(path: Path) -> "Model":
     """A Hugging Face directory, a Megatron checkpoint, or a run's directory, whose latest checkpoint it is.
 
     Raises UserError for anything else.
@@ -27,10 +29,38 @@ def open_model(path: Path) -> HFDirectory:
     if path.is_dir() and not (path / "config.json").exists():
         source = open_source(path, "--models")
         return MegatronModel(path, source)
-    return HFDirectory(path)
+    return Model(path)
 
 
-class MegatronModel(HFDirectory):
+class Model(HFDirectory):
+    """A Hugging Face directory, read by several threads."""
+
+    @cached_property
+    def tensors(self) -> "FileTensors":
+        return FileTensors(self.path)
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        return self.path
+
+
+class FileTensors(SafetensorsReader):
+    def open(self, name: str) -> None:
+        """Opens the file of `name`, which is not made for races."""
+        self.descriptor(name)
+
+    def read_bytes(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fills `buffer` with the tensor's bytes from `start` on. Raises UserError when the file ends
+        early."""
+        info = self.info(name)
+        try:
+            read_into(self.descriptor(name), buffer, info.offset + start)
+        except EOFError as error:
+            place = self.directory / info.file
+            raise UserError(f"{place} was cut while it was read ({name}): {error}") from error
+
+
+class MegatronModel(Model):
     """A Megatron checkpoint as merging sees a model. Its weights count, not its optimizer states."""
 
     def __init__(self, path: Path, source: Source) -> None:
@@ -60,7 +90,7 @@ class MegatronModel(HFDirectory):
 
 
 class MegatronTensors:
-    """The weights by Hugging Face name, with the face of `SafetensorsReader` that merging needs.
+    """The weights by Hugging Face name, with the face of `FileTensors`.
 
     Threads may read at the same time; each keeps the parameter that it read last, as tensors of one parameter
     mostly follow each other. Memory: two copies of the largest parameter per thread.
@@ -85,7 +115,7 @@ class MegatronTensors:
         return sum(info.nbytes for info in self.infos.values())
 
     def open(self, name: str) -> None:
-        """Opens the files of `name`, which is not made for races."""
+        """Opens the files of `name`."""
         for piece in self._stored.tensors[self.view.key(name)].pieces:
             self._stored.descriptor(piece.place.file)
 

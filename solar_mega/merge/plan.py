@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from solar_mega.artifact.cast import CASTABLE
-from solar_mega.artifact.hf import HFDirectory, grown_config, layer_name, split_layer
+from solar_mega.artifact.hf import grown_config, layer_name, split_layer
 from solar_mega.artifact.safetensors_format import DTYPES, TensorInfo, tensor_bytes
-from solar_mega.artifact.safetensors_io import SafetensorsReader
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import Problems, UserError
-from solar_mega.merge.models import MegatronTensors, open_model
+from solar_mega.merge.models import FileTensors, MegatronTensors, Model, open_model
 from solar_mega.merge.recipe import DEFAULTS, NEEDS_BASE, Part, Recipe, Slice, required_parameter
 from solar_mega.merge.vocabulary import vocabulary_of
 
@@ -49,7 +48,7 @@ _SHOWN = 6  # tensors named in one complaint
 class Origin:
     """A source tensor."""
 
-    reader: SafetensorsReader | MegatronTensors
+    reader: FileTensors | MegatronTensors
     info: TensorInfo
 
 
@@ -85,7 +84,7 @@ class Job:
 @dataclass(frozen=True)
 class MergePlan:
     recipe: Recipe
-    models: Mapping[Path, HFDirectory] = field(repr=False)
+    models: Mapping[Path, Model] = field(repr=False)
     config: dict[str, Any] = field(repr=False)
     """config.json of the result."""
 
@@ -140,7 +139,7 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     return MergePlan(recipe, models, config, target, tuple(ordered), tuple(warnings))
 
 
-def _open(paths: tuple[Path, ...]) -> dict[Path, HFDirectory]:
+def _open(paths: tuple[Path, ...]) -> dict[Path, Model]:
     models, problems = {}, Problems()
     for path in paths:
         try:
@@ -153,7 +152,7 @@ def _open(paths: tuple[Path, ...]) -> dict[Path, HFDirectory]:
     return models
 
 
-def _shape_problems(recipe: Recipe, models: Mapping[Path, HFDirectory], warnings: list[str]) -> list[str]:
+def _shape_problems(recipe: Recipe, models: Mapping[Path, Model], warnings: list[str]) -> list[str]:
     texts = []
     reference = models[recipe.reference]
     whole = all(part.layers is None for piece in recipe.slices for part in piece.parts)
@@ -180,11 +179,11 @@ def _shape_problems(recipe: Recipe, models: Mapping[Path, HFDirectory], warnings
     return texts
 
 
-def _tensor_problems(reference: HFDirectory, model: HFDirectory, whole: bool) -> list[str]:
+def _tensor_problems(reference: Model, model: Model, whole: bool) -> list[str]:
     """Tensors that only one has, and other shapes. Where slices may differ in depth, layer numbers are left
     out of the comparison."""
 
-    def shapes(directory: HFDirectory) -> dict[str, tuple[int, ...]]:
+    def shapes(directory: Model) -> dict[str, tuple[int, ...]]:
         found = directory.tensors.infos
         if whole:
             return {name: info.shape for name, info in found.items()}
@@ -204,7 +203,7 @@ def _tensor_problems(reference: HFDirectory, model: HFDirectory, whole: bool) ->
     return texts
 
 
-def _dtype_problems(models: Mapping[Path, HFDirectory]) -> list[str]:
+def _dtype_problems(models: Mapping[Path, Model]) -> list[str]:
     texts = []
     for path, model in models.items():
         wrong = [name for name, info in model.tensors.infos.items() if info.dtype not in CASTABLE]
@@ -220,7 +219,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _with_layers(piece: Slice, models: Mapping[Path, HFDirectory]) -> Slice:
+def _with_layers(piece: Slice, models: Mapping[Path, Model]) -> Slice:
     """Every part with its layers spelled out. Raises UserError where a range ends beyond a model."""
     problems, parts = Problems(), []
     for part in piece.parts:
@@ -233,11 +232,11 @@ def _with_layers(piece: Slice, models: Mapping[Path, HFDirectory]) -> Slice:
     return Slice(tuple(parts), piece.settings, piece.base)
 
 
-def _outside(models: Mapping[Path, HFDirectory], reference: Path) -> list[str]:
+def _outside(models: Mapping[Path, Model], reference: Path) -> list[str]:
     return [name for name in models[reference].tensors.infos if split_layer(name)[0] is None]
 
 
-def _suffixes(model: HFDirectory, layer: int) -> list[str]:
+def _suffixes(model: Model, layer: int) -> list[str]:
     split = [split_layer(name) for name in model.tensors.infos]
     return [suffix for number, suffix in split if number == layer]
 
@@ -245,7 +244,7 @@ def _suffixes(model: HFDirectory, layer: int) -> list[str]:
 class _Jobs:
     """Collects jobs; problems of single tensors go where the others are."""
 
-    def __init__(self, recipe: Recipe, models: Mapping[Path, HFDirectory], problems: Problems) -> None:
+    def __init__(self, recipe: Recipe, models: Mapping[Path, Model], problems: Problems) -> None:
         self.recipe, self.models, self.problems = recipe, models, problems
         self.required = required_parameter(recipe.method)
         self.done: list[Job] = []
@@ -330,7 +329,7 @@ def _warn_of_weights(recipe: Recipe, jobs: list[Job], warnings: list[str]) -> No
         )
 
 
-def _config(recipe: Recipe, slices: tuple[Slice, ...], models: Mapping[Path, HFDirectory]) -> dict[str, Any]:
+def _config(recipe: Recipe, slices: tuple[Slice, ...], models: Mapping[Path, Model]) -> dict[str, Any]:
     """The reference's config.json at the depth and dtype of the result."""
     reference = models[recipe.reference]
     targets: list[int] = []

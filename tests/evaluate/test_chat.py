@@ -1,6 +1,8 @@
 """A conversation without a terminal."""
 
 import io
+import json
+import shutil
 import sys
 
 import pytest
@@ -49,3 +51,18 @@ def test_a_long_conversation_forgets_its_oldest_turn(model_dir, capsys):
     for _ in range(3):
         talk.say("many words " * 25, io.StringIO())
     assert len(talk.turns) < 6 and "forgotten" in capsys.readouterr().err
+    before = list(talk.turns)
+    with pytest.raises(UserError, match="the message is .* tokens long"):
+        talk.say("many words " * 300, io.StringIO())
+    assert talk.turns == before, "the message is taken back, the conversation stays"
+
+
+def test_an_answer_ends_where_the_model_says(model_dir, tmp_path):
+    """generation_config.json's ends, and those of a template that is named, not the tokenizer's EOS alone."""
+    directory = shutil.copytree(model_dir, tmp_path / "model")
+    first = Conversation(ChatOptions(directory, template="solar", max_new_tokens=6))
+    text = first.say("Hi", io.StringIO())
+    ids = first.tokenizer.encode(text, add_special_tokens=False)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids[-1], 2]}))
+    again = Conversation(ChatOptions(directory, template="solar", max_new_tokens=6))
+    assert again.ends[:2] == [ids[-1], 2] and len(again.say("Hi", io.StringIO())) < len(text)
