@@ -218,7 +218,9 @@ def _move_tensors(plan: GrowthPlan, partial: Partial, progress: ProgressFactory)
         moves = [move for move in plan.moves if writer.infos[move.name].file not in done]
         before = plan.nbytes - sum(move.nbytes for move in moves)
         with progress(plan.nbytes, "bytes", "grow", before) as line:
-            for move in moves:
+            for move, following in zip(moves, [*moves[1:], None], strict=True):
+                if following is not None:
+                    reader.prefetch(following.source)
                 if move.recipe is not None:
                     writer.write_chunks(move.name, made_chunks(reader, move.recipe, move.dtype))
                     line.advance(move.nbytes)

@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 PACKAGES = ("torch", "megatron-core", "transformers", "safetensors", "numpy")
 # Written about the model, not part of it: two runs that make the same model must have the same hash.
 _ABOUT = (LINEAGE, "README.md")
-_CHUNK = 4 << 20
+_CHUNK = 512 << 10  # stays in a core's cache
 
 
 @dataclass(frozen=True)

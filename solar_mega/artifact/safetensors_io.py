@@ -113,6 +113,13 @@ class SafetensorsReader:
             self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY)
         return self._descriptors[file]
 
+    def prefetch(self, name: str) -> None:
+        """Has the disk begin to read a tensor that is needed soon: a copy inside the kernel reads only a
+        little ahead of itself."""
+        if hasattr(os, "posix_fadvise"):
+            info = self.info(name)
+            os.posix_fadvise(self.descriptor(name), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
+
     def read(self, name: str) -> "torch.Tensor":
         """The whole tensor, in memory of its own."""
         info = self.info(name)
@@ -151,6 +158,18 @@ class SafetensorsReader:
                 raise UserError(f"{self.directory / info.file} was cut while it was read ({name})")
             self.bytes_read += size
             yield chunk
+
+    def stretch(self, name: str, start: int, count: int, chunk_bytes: int = 1 << 20) -> Iterator[bytearray]:
+        """`count` of the tensor's bytes from `start`, in chunks. All chunks are one buffer, which stays in a
+        core's cache: a chunk is gone when the next is asked for."""
+        info = self.info(name)
+        buffer = bytearray(min(chunk_bytes, count))
+        for at in range(start, start + count, chunk_bytes):
+            size = min(chunk_bytes, start + count - at)
+            if size < len(buffer):
+                buffer = bytearray(size)
+            self._read_into(info, memoryview(buffer), info.offset + at)
+            yield buffer
 
     def _read_into(self, info: TensorInfo, buffer: memoryview, offset: int) -> None:
         try:

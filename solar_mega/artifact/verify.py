@@ -1,6 +1,8 @@
 """Proof that a directory is another one through a layer map: every tensor compared bit for bit."""
 
 import struct
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ from solar_mega.runtime.console import human_bytes
 _ABOUT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 # Recomputed from the config at load time; old Llama checkpoints carry it, new ones do not.
 _DERIVED = ".rotary_emb.inv_freq"
+_THREADS = 3  # one reads while the others compare
+_STRETCH = 64 << 20
 _STRUCT = {"F64": "<d", "F32": "<f", "F16": "<e"}
 
 
@@ -124,25 +128,65 @@ def _compare(
     progress: ProgressFactory,
 ) -> VerifyReport:
     source = plan.source.tensors
-    tensors = nbytes = 0
-    with progress(sum(move.nbytes for move in moves), "bytes", "verify") as line:
-        for move in moves:
-            same = source.infos[move.source].dtype == move.dtype
-            if move.recipe is not None:
-                expected = made_chunks(source, move.recipe, move.dtype)
-            else:
-                expected = source.raw(move.source) if same else cast_chunks(source, move.source, move.dtype)
-            byte = 0
-            for left, right in zip(map(bytes, expected), target.raw(move.name), strict=True):
-                if left != right:
-                    difference = _difference(move, byte, left, right)
-                    return VerifyReport(tensors, nbytes, structure, difference)
-                byte += len(right)
-                line.advance(len(right))
-            tensors, nbytes = tensors + 1, nbytes + byte
-    source.close()
-    target.close()
+    stretches = [(move, begin) for move in moves for begin in _stretches(source, move)]
+    for move in moves:  # the threads share the readers, whose files are opened here
+        source.descriptor(move.source), target.descriptor(move.name)
+    tensors, nbytes = 0, 0
+    beside = ThreadPoolExecutor(_THREADS)
+    try:
+        with progress(sum(move.nbytes for move in moves), "bytes", "verify") as line:
+            found_in_order = beside.map(lambda piece: _check(source, target, *piece), stretches)
+            for (move, begin), found in zip(stretches, found_in_order, strict=True):
+                if found is not None:
+                    return VerifyReport(tensors, nbytes, structure, found)
+                size = _size(source, move, begin)
+                line.advance(size)
+                tensors, nbytes = tensors + (begin + size == move.nbytes), nbytes + size
+    finally:
+        beside.shutdown(cancel_futures=True)
+        source.close()
+        target.close()
     return VerifyReport(tensors, nbytes, structure)
+
+
+def _copied(source: SafetensorsReader, move: Move) -> bool:
+    return move.recipe is None and source.infos[move.source].dtype == move.dtype
+
+
+def _stretches(source: SafetensorsReader, move: Move) -> Iterable[int]:
+    """Where a tensor is cut for the threads: a copy anywhere, one that must be made again nowhere."""
+    return range(0, max(1, move.nbytes), _STRETCH if _copied(source, move) else max(1, move.nbytes))
+
+
+def _size(source: SafetensorsReader, move: Move, begin: int) -> int:
+    return min(_STRETCH, move.nbytes - begin) if _copied(source, move) else move.nbytes
+
+
+def _check(source: SafetensorsReader, target: SafetensorsReader, move: Move, begin: int) -> Difference | None:
+    """One stretch of a tensor of the destination, compared in chunks that stay in a core's cache."""
+    if _copied(source, move):
+        size = _size(source, move, begin)
+        pairs = zip(
+            *(
+                reader.stretch(name, begin, size)
+                for reader, name in ((source, move.source), (target, move.name))
+            ),
+            strict=True,
+        )
+    else:
+        made = move.recipe is not None
+        expected = (
+            made_chunks(source, move.recipe, move.dtype)
+            if made
+            else cast_chunks(source, move.source, move.dtype)
+        )
+        pairs = zip(map(bytes, expected), target.raw(move.name), strict=True)
+    byte = begin
+    for left, right in pairs:
+        if left != right:
+            return _difference(move, byte, bytes(left), bytes(right))
+        byte += len(right)
+    return None
 
 
 def _difference(move: Move, start: int, left: bytes, right: bytes) -> Difference:

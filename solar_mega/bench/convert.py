@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from solar_mega.errors import UserError
 from solar_mega.runtime.console import human_bytes, human_seconds, say, table
 from solar_mega.runtime.files import require_space
 
-ROUTES = ("cp", "mergekit", "verify", "megatron", "verify-megatron", "hf", "zero-copy", "copy")
+ROUTES = ("cp", "mergekit", "cat", "verify", "megatron", "verify-megatron", "hf", "zero-copy", "copy")
 """What may be measured after the growth from Hugging Face to Hugging Face, which is always."""
 
 
@@ -50,6 +51,9 @@ class ConvertBench:
     vocab: int = 8192
     shards: int = 3
     """Files of the source."""
+    rounds: int = 1
+    """Turns of growing and of cp, by which it is measured: a disk's speed changes from minute to minute. The
+    times are the medians."""
     layer_map: str = "dus:4"
     tp: int = 2
     """Layout of the Megatron checkpoint."""
@@ -108,11 +112,17 @@ class _Bench:
         require_space(o.work, 2 * result + (64 << 20))
         map_flags = ["--layer-map", o.layer_map]
         grow = [*self.ours, "convert", self.source, self.grown, *map_flags]
-        self._measure("grow", grow, [self.source], self.grown)
-        if "cp" in o.routes:
-            self._cp()
+        for _ in range(o.rounds):
+            shutil.rmtree(self.grown, ignore_errors=True)
+            self._measure("grow", grow, [self.source], self.grown)
+            if "cp" in o.routes:
+                self._cp()
         if "mergekit" in o.routes:
             self._mergekit()
+        if "cat" in o.routes:
+            script = 'cat "$1"/* "$2"/* > /dev/null'
+            both = [self.source, self.grown]
+            self._measure("cat", ["bash", "-c", script, "cat", *both], both)
         if "verify" in o.routes:
             self._measure(
                 "verify",
@@ -151,9 +161,11 @@ class _Bench:
         figures = measured([str(word) for word in command])
         if output is not None:
             figures["output_bytes"] = _tree_bytes(output)
+        all_s = [*self.results.get(name, {}).get("wall_s_all", []), figures["wall_s"]]
+        figures |= {"wall_s": statistics.median(all_s), "wall_s_all": all_s}
         self.results[name] = {**figures, "load_average": round(os.getloadavg()[0], 2)}
         _write(self.o, self._report())  # a long run that breaks off has measured something all the same
-        say(f"{name}: {human_seconds(figures['wall_s'])}, {human_bytes(figures['resident_bytes'])} resident")
+        say(f"{name}: {human_seconds(all_s[-1])}, {human_bytes(figures['resident_bytes'])} resident")
 
     def _cp(self) -> None:
         """The output's own bytes, copied and put on the disk."""
@@ -228,6 +240,7 @@ class _Bench:
             shutil.rmtree(made)
             words = map_flags_of(self._map())[1]
             job = Conversion(open_source(self.megatron), made, "megatron", words, zero_copy=True)
+            os.sync()  # what the deletion left to write is not the operation's
             start = time.perf_counter()
             run(job, False, _no_progress)
             seconds.append(round(time.perf_counter() - start, 5))

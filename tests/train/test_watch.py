@@ -132,8 +132,8 @@ def test_a_hang_ends_with_everybodys_stacks(tmp_path):
     for text in stacks:
         assert "no progress for 2 s; doing: step 7" in text
     for rank in range(2):
-        assert f"rank {rank}: no progress for 2 s" in done.stderr
-    assert f"exitcode  : {int(ExitCode.HUNG)}" in done.stderr
+        assert f"rank {rank}: no progress for 2 s" in done.output
+    assert f"exitcode  : {int(ExitCode.HUNG)}" in done.output
 
 
 def _one_dies(how):
@@ -159,7 +159,7 @@ def _one_dies(how):
 def test_the_rank_that_failed_has_the_word(how):
     done = run_ranks(_one_dies, 2, how, check=False, timeout=100)
     assert done.returncode
-    text = done.stderr
+    text = done.output
     if how == "raised":
         assert "ValueError: the fault of rank 1" in text
         assert "another rank ended" not in text[: text.index("ValueError: the fault")]
