@@ -51,7 +51,7 @@ def dpo(cfg: DPOConfig, lineage: Mapping[str, Any] | None = None) -> Outcome:
     Raises UserError for bad input, before any work; when the first loss is not that of a policy equal to its
     reference; and when the loss is no longer finite.
     """
-    prepared = prepare_together(lambda world: prepare(cfg, world), lambda seen: seen.model.resume_from)
+    prepared = prepare_together(cfg, lambda world: prepare(cfg, world), lambda seen: seen.model.resume_from)
     with ranks.running(cfg.parallel, cfg.train.seed, cfg.train.threads):
         data = read_together(cfg, prepared)
         say(data.train.report + (f"\nheld out\n{data.valid.report}" if data.valid else ""))
@@ -106,7 +106,7 @@ def with_steps(cfg: DPOConfig, pairs: int) -> DPOConfig:
 def reference_accuracy(cfg: DPOConfig) -> float:
     """Share of the pairs of `data.train` whose chosen response the model finds likelier than the rejected one
     (sDPO's reward accuracy of a reference). Its log-probs stay in the cache. Every rank calls this."""
-    prepared = prepare_together(lambda world: prepare(cfg, world), lambda seen: None)
+    prepared = prepare_together(cfg, lambda world: prepare(cfg, world), lambda seen: None)
     with ranks.running(cfg.parallel, cfg.train.seed, cfg.train.threads):
         from solar_mega.model.builder import build_for_training
         from solar_mega.train.stage import load_initial_weights

@@ -61,9 +61,9 @@ def sft(cfg: SFTConfig) -> Outcome:
     Raises UserError for bad input, before any work, and when the loss is no longer finite.
     """
     # One rank reads and tokenises; then all map its files.
-    prepare_together(lambda _: read_data(cfg) if ranks.is_main() else None, lambda _: None)
+    prepare_together(cfg, lambda _: read_data(cfg) if ranks.is_main() else None, lambda _: None)
     resolved, data, prepared = prepare_together(
-        lambda world: prepare(cfg, world), lambda seen: seen[2].resume_from
+        cfg, lambda world: prepare(cfg, world), lambda seen: seen[2].resume_from
     )
     with ranks.running(resolved.parallel, resolved.train.seed, resolved.train.threads):
         with ranks.together():

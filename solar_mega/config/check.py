@@ -38,6 +38,7 @@ RANGES = {
     "parallel.pp": _at_least(1),
     "parallel.vpp": _at_least(1),
     "parallel.dp": _at_least(1),
+    "parallel.bucket_size": _at_least(1),
     "train.steps": _at_least(1),
     "train.seq_length": _at_least(1),
     "train.global_batch_size": _at_least(1),
@@ -118,6 +119,7 @@ def _problems_of_run(cfg: TrainingConfig, world_size: int) -> Problems:
     _check_ranges(cfg, problems)
     problems.raise_if_any("configuration")  # the arithmetic below takes the ranges for granted
     _check_parallel(cfg.parallel, world_size, problems)
+    _check_accelerators(cfg, problems)
     _check_batches(cfg, world_size, problems)
     _check_schedule(cfg, problems)
     return problems
@@ -148,6 +150,57 @@ def _check_parallel(parallel: ParallelConfig, world_size: int, problems: Problem
         problems.add("parallel.sequence_parallel = true needs parallel.tp above 1; given 1")
     if parallel.vpp > 1 and pp == 1:
         problems.add(f"parallel.vpp = {parallel.vpp} needs parallel.pp above 1; given 1")
+    _check_overlap(parallel, problems)
+
+
+def _check_overlap(parallel: ParallelConfig, problems: Problems) -> None:
+    if parallel.overlap_param_gather:
+        absent = [
+            key for key in ("distributed_optimizer", "overlap_grad_reduce") if not getattr(parallel, key)
+        ]
+        if absent:
+            needs = " and ".join(f"parallel.{key} = true" for key in absent)
+            problems.add(f"parallel.overlap_param_gather = true needs {needs}")
+    if parallel.bucket_size is not None and not parallel.overlap_grad_reduce:
+        problems.add(
+            f"parallel.bucket_size = {parallel.bucket_size} needs parallel.overlap_grad_reduce = true; "
+            "without it there is one bucket"
+        )
+
+
+_FP8_TOKENS = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+"""Rows of a matrix that FP8 products take at a time."""
+
+
+def _check_accelerators(cfg: TrainingConfig, problems: Problems) -> None:
+    """What accelerators need of the configuration; what they need of the machine: `runtime.accelerators`."""
+    kernels, parallel, train = cfg.kernels, cfg.parallel, cfg.train
+    if kernels.attention == "flash" and train.precision != "bf16":
+        problems.add(
+            f'kernels.attention = "flash" computes in bf16 only; train.precision is "{train.precision}"'
+        )
+    if kernels.fp8 != "off":
+        key = f'kernels.fp8 = "{kernels.fp8}"'
+        if kernels.linear != "te":
+            problems.add(f'{key} needs kernels.linear = "te"; given "{kernels.linear}"')
+        if train.precision != "bf16":
+            problems.add(f'{key} needs train.precision = "bf16"; given "{train.precision}"')
+        split = parallel.tp if parallel.sequence_parallel else 1
+        tokens, rows = train.micro_batch_size * train.seq_length // split, _FP8_TOKENS[kernels.fp8]
+        if tokens % rows:
+            problems.add(
+                f"{key} needs a multiple of {rows} tokens on a rank; train.micro_batch_size * "
+                f"train.seq_length{' / parallel.tp' if split > 1 else ''} = {tokens}"
+            )
+    if parallel.tp_comm_overlap:
+        wanted = {
+            'kernels.linear = "te"': kernels.linear == "te",
+            "parallel.tp above 1": parallel.tp > 1,
+            "parallel.sequence_parallel = true": parallel.sequence_parallel,
+        }
+        absent = [text for text, given in wanted.items() if not given]
+        if absent:
+            problems.add(f"parallel.tp_comm_overlap = true needs {' and '.join(absent)}")
 
 
 def _check_batches(cfg: TrainingConfig, world_size: int, problems: Problems) -> None:

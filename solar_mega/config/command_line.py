@@ -87,6 +87,16 @@ def parse_run(
     return build(options_cls, option_values), build(config_cls, values)
 
 
+def toml_of(argv: Sequence[str]) -> Path | None:
+    """What `--config` names, for verbs whose other flags depend on it."""
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        if word == "--config" and following is not None:
+            return Path(following)
+        if word.startswith("--config="):
+            return Path(word.partition("=")[2])
+    return None
+
+
 def _raise(problems: Problems, verb: str, source: str) -> None:
     try:
         problems.raise_if_any(source)

@@ -51,7 +51,22 @@ class ParallelConfig:
     """Split norms and residuals along the sequence inside a tensor-parallel group (needs tp > 1)."""
 
     distributed_optimizer: bool = True
-    """Shard optimizer state over the data-parallel ranks."""
+    """Shard optimizer state over the data-parallel ranks. May change at a resume."""
+
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over the data-parallel ranks bucket by bucket, while the backward pass goes on."""
+
+    overlap_param_gather: bool = False
+    """Gather updated weights bucket by bucket during the next forward pass (needs `distributed_optimizer` and
+    `overlap_grad_reduce`)."""
+
+    bucket_size: int | None = None
+    """Weights in a bucket of those two; default: Megatron's, 40 million, or a million for each replica if
+    that is more. Only the first pipeline stage's first chunk is cut: the others have time to spare."""
+
+    tp_comm_overlap: bool = False
+    """Overlap tensor-parallel communication with the products around it, in Transformer Engine's user buffers
+    (needs `kernels.linear = "te"`, tp > 1 and `sequence_parallel`)."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +252,19 @@ class KernelConfig:
     """Core attention: the compiled op on CPUs and PyTorch's scaled_dot_product_attention on GPUs, the latter
     everywhere, flash-attn or Transformer Engine (both for GPUs, if installed), or megatron-core's unfused
     softmax."""
+
+    linear: Literal["local", "te"] = "local"
+    """Linears of the layers: Megatron's with this project's CPU products, or Transformer Engine's (for GPUs,
+    if installed)."""
+
+    fp8: Literal["off", "tensorwise", "blockwise", "mxfp8"] = "off"
+    """Products of `linear = "te"` in FP8: one scale a tensor (Ada, Hopper and newer; e4m3 forward, e5m2
+    backward), one per 128 x 128 or 1 x 128 block (Hopper and newer, e4m3), or one per 32 elements (Blackwell,
+    e4m3). Scales are those of the tensor at hand. Weights stay bf16; head and embedding are not touched."""
+
+    gradient_accumulation_fusion: bool = False
+    """On GPUs, weight gradients are added to their fp32 buffer by the product itself: apex's extension, or
+    Transformer Engine with `linear = "te"`. On CPUs they always are."""
 
     token_loss: Implementation = "fused"
     """Vocabulary-parallel cross entropy: the compiled ops, or megatron-core's own over all logits."""

@@ -1,39 +1,26 @@
 """Core attention through optional libraries for GPUs: flash-attn and Transformer Engine.
 
-Each takes [s, b, heads, d], and hands packed samples on in the libraries' layout [tokens, heads, d].
+Each takes [s, b, heads, d], and hands packed samples on in the libraries' layout [tokens, heads, d]. That
+they are there is checked before a model is built (`runtime.accelerators`).
 """
 
-import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
-from solar_mega.errors import UserError
 from solar_mega.model.packing import Packing
 
 
 class FlashAttention(nn.Module):
-    """flash-attn: `flash_attn_func`, and `flash_attn_varlen_func` for packed samples.
-
-    Raises UserError when the library is absent or the model is not bf16.
-    """
+    """flash-attn: `flash_attn_func`, and `flash_attn_varlen_func` for packed samples. bf16 only
+    (`config.check`)."""
 
     def __init__(
         self, config, layer_number: int, attn_mask_type: AttnMaskType, softmax_scale=None, **_
     ) -> None:
         super().__init__()
-        try:
-            from flash_attn import flash_attn_func, flash_attn_varlen_func
-        except ImportError as error:
-            raise UserError(
-                f'kernels.attention = "flash" needs flash-attn, which cannot be imported ({error}); '
-                'install it (pip install flash-attn), or choose "fused" or "sdpa"'
-            ) from error
-        if config.params_dtype not in (torch.bfloat16, torch.float16):
-            raise UserError(
-                'kernels.attention = "flash" computes in bf16 only; set train.precision = "bf16", or choose '
-                '"fused" or "sdpa"'
-            )
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+
         self.whole, self.packed = flash_attn_func, flash_attn_varlen_func
         self.dropout = config.attention_dropout
         window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
@@ -71,21 +58,12 @@ class FlashAttention(nn.Module):
 
 
 class TransformerEngineAttention(nn.Module):
-    """Transformer Engine's attention through Megatron's wrapper of it.
-
-    Raises UserError when the library is absent.
-    """
+    """Transformer Engine's attention through Megatron's wrapper of it."""
 
     def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, **options) -> None:
         super().__init__()
-        try:
-            import transformer_engine.pytorch  # noqa: F401
-            from megatron.core.extensions.transformer_engine import TEDotProductAttention
-        except ImportError as error:
-            raise UserError(
-                f'kernels.attention = "te" needs Transformer Engine, which cannot be imported ({error}); '
-                'install it (pip install "transformer-engine[pytorch]"), or choose "fused", "sdpa" or "flash"'
-            ) from error
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
         self.mask_type = attn_mask_type
         self.inner = TEDotProductAttention(config, layer_number, attn_mask_type, **options)
 

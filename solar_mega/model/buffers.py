@@ -11,12 +11,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from solar_mega.config.schema import ParallelConfig
 from solar_mega.model.parameters import Weight
 
 _ALIGNMENT = 64
 """Elements to which Megatron aligns the start of a weight."""
 
 _BUCKET_ALIGNMENT = 128
+
+
+_BUCKET, _BUCKET_OF_REPLICA = 40_000_000, 1_000_000
+"""Megatron's default size of a bucket: in all at least, and for each replica."""
+
+
+def bucket_size(parallel: ParallelConfig, dp: int) -> int | None:
+    """Elements after which a bucket of the first stage's first chunk is closed; None for a single one."""
+    if not parallel.overlap_grad_reduce or dp == 1:
+        return None
+    return parallel.bucket_size or max(_BUCKET, _BUCKET_OF_REPLICA * dp)
 
 
 @dataclass(frozen=True)

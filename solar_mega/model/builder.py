@@ -16,6 +16,7 @@ from solar_mega.model.layout import check_layout
 from solar_mega.model.linear import ColumnLinear, RowLinear
 from solar_mega.model.rotary import RotaryPositions
 from solar_mega.model.spec import SolarSpecProvider, solar_layer_spec
+from solar_mega.runtime.accelerators import check_accelerators
 
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -23,6 +24,14 @@ _RECOMPUTE = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+_FP8 = {
+    "off": {},
+    # Gradients need range more than precision where a whole tensor has one scale.
+    "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+    "mxfp8": {"fp8": "e4m3", "fp8_recipe": "mxfp8"},
 }
 
 
@@ -51,7 +60,8 @@ def build_model(
         "the model does not fit the parallel layout"
     )
     kernels = kernels or KernelConfig()
-    config = transformer_config(arch, parallel, precision, recompute)
+    check_accelerators(parallel, kernels)
+    config = transformer_config(arch, parallel, precision, recompute, kernels)
     stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
     return [_build_chunk(arch, config, kernels, max_sequence_length, stage) for stage in stages]
 
@@ -59,12 +69,22 @@ def build_model(
 def build_for_training(
     arch: Architecture, parallel: ParallelConfig, train: TrainConfig, kernels: KernelConfig
 ):
+    if parallel.tp_comm_overlap:
+        check_accelerators(parallel, kernels)
+        from solar_mega.model.transformer_engine import allocate_user_buffers
+
+        allocate_user_buffers(train.seq_length * train.micro_batch_size, arch.hidden_size, parallel, kernels)
     return build_model(arch, parallel, train.precision, kernels, train.recompute, train.seq_length)
 
 
 def transformer_config(
-    arch: Architecture, parallel: ParallelConfig, precision: Precision, recompute: str
+    arch: Architecture,
+    parallel: ParallelConfig,
+    precision: Precision,
+    recompute: str,
+    kernels: KernelConfig | None = None,
 ) -> TransformerConfig:
+    kernels = kernels or KernelConfig()
     dtype = DTYPES[precision]
     window = (arch.sliding_window - 1, 0) if arch.sliding_window else None
     return TransformerConfig(
@@ -101,13 +121,16 @@ def transformer_config(
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
         calculate_per_token_loss=True,
+        # Transformer Engine's linears add by themselves, see `model.spec`; Megatron's take apex.
+        gradient_accumulation_fusion=kernels.gradient_accumulation_fusion and kernels.linear == "local",
+        tp_comm_overlap=parallel.tp_comm_overlap,
         # Each of these needs apex, Transformer Engine or a compiler at run time.
-        gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         **_RECOMPUTE[recompute],
+        **_FP8[kernels.fp8],
     )
 
 
@@ -155,7 +178,7 @@ def _mark_tensor_parallel_weights(chunk: GPTModel) -> None:
         tensor_parallel.VocabParallelEmbedding: 0,
     }
     for module in chunk.modules():
-        axis = split_axis.get(type(module))
+        axis = split_axis.get(type(module))  # Transformer Engine's linears mark theirs themselves
         if axis is None:
             continue
         split = [module.weight, module.bias if axis == 0 and hasattr(module, "bias") else None]

@@ -17,7 +17,7 @@ from solar_mega.model.activations import (
     stage_saved,
     working_bytes,
 )
-from solar_mega.model.buffers import buffer
+from solar_mega.model.buffers import bucket_size, buffer
 from solar_mega.model.parameters import stage_weights
 
 _GRADIENT = 4
@@ -57,14 +57,10 @@ class StageMemory:
         return self.state + self.activations + max(self.head, self.working)
 
 
-def stage_memory(
-    shape: Shape, dp: int, pp_rank: int, bucket_size: int | None = None, dp_rank: int | None = None
-) -> StageMemory:
+def stage_memory(shape: Shape, dp: int, pp_rank: int, dp_rank: int | None = None) -> StageMemory:
     """Memory of the ranks of pipeline stage `pp_rank` with `dp` replicas.
 
     Args:
-        bucket_size: elements of a gradient bucket where gradients are reduced during the backward (Megatron
-            then cuts the first stage's first chunk); None for one bucket a chunk.
         dp_rank: for that rank's share of the optimizer; None for the largest.
     """
     parallel, precision = shape.parallel, shape.train.precision
@@ -72,7 +68,7 @@ def stage_memory(
     chunks = stage_weights(shape.arch, parallel, pp_rank)
     distributed = parallel.distributed_optimizer
     buffers = [
-        buffer(weights, dp, distributed, bucket_size if (pp_rank, index) == (0, 0) else None)
+        buffer(weights, dp, distributed, bucket_size(parallel, dp) if (pp_rank, index) == (0, 0) else None)
         for index, weights in enumerate(chunks)
     ]
     shares = [sum(each) for each in zip(*(one.shares for one in buffers), strict=True)]

@@ -30,12 +30,15 @@ class RMSNorm(nn.Module):
         )
         self.weight.sequence_parallel = config.sequence_parallel
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., hidden_size]."""
-        return rms_norm(x, self.weight, self.eps, implementation=self.implementation)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x: [..., hidden_size] -> norm(x); with `residual`, (norm(x + residual), x + residual) in one pass
+        over memory.
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual) in one pass over memory."""
+        Both are calls of the module: weights that are still being gathered are waited for in a hook before
+        it.
+        """
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps, implementation=self.implementation)
         return add_rms_norm(x, residual, self.weight, self.eps, implementation=self.implementation)
 
 
@@ -71,6 +74,6 @@ class SolarLayer(TransformerLayer):
             rotary_pos_emb=kwargs.get("rotary_pos_emb"),
             packed_seq_params=kwargs.get("packed_seq_params"),
         )
-        normed, residual = self.pre_mlp_layernorm.add(attended, hidden_states)
+        normed, residual = self.pre_mlp_layernorm(attended, hidden_states)
         transformed, _ = self.mlp(normed)
         return residual + transformed, None

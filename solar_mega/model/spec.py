@@ -23,11 +23,19 @@ class SolarSpecProvider(LocalSpecProvider):
     def __init__(self, kernels: KernelConfig) -> None:
         self.kernels = kernels
 
-    def column_parallel_linear(self) -> type:
-        return ColumnLinear
+    def column_parallel_linear(self) -> type | ModuleSpec:
+        return ColumnLinear if self.kernels.linear == "local" else self._transformer_engine("ColumnLinear")
 
-    def row_parallel_linear(self) -> type:
-        return RowLinear
+    def row_parallel_linear(self) -> type | ModuleSpec:
+        return RowLinear if self.kernels.linear == "local" else self._transformer_engine("RowLinear")
+
+    def _transformer_engine(self, name: str) -> ModuleSpec:
+        from solar_mega.model import transformer_engine  # needs the library
+
+        return ModuleSpec(
+            module=getattr(transformer_engine, name),
+            params={"fuse_weight_gradient": self.kernels.gradient_accumulation_fusion},
+        )
 
     def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> ModuleSpec:
         return ModuleSpec(module=RMSNorm, params={"implementation": self.kernels.rms_norm})

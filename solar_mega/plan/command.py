@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from solar_mega.config.check import TrainingConfig, check_run
-from solar_mega.config.command_line import parse_run
+from solar_mega.config.command_line import parse_run, toml_of
 from solar_mega.config.kinds import config_class, kind_of
 from solar_mega.config.load import load_config
 from solar_mega.config.units import parse_bytes
@@ -60,7 +60,7 @@ class PlanOptions:
 
 def plan(argv: Sequence[str]) -> int:
     """`solar-mega plan --config x.toml --gpus N`; 1 when it does not fit."""
-    toml = _toml(argv)
+    toml = toml_of(argv)
     verb = "pretrain" if toml is None else kind_of(toml)
     if toml is not None and "parallel" not in config_class(verb).__dataclass_fields__:
         return _nothing_to_plan(verb, toml)
@@ -88,15 +88,6 @@ def _nothing_to_plan(verb: str, toml: Path) -> int:
     load_config(config_class(verb), toml)
     say(f"{toml} configures {verb}, which needs no plan; its settings are valid")
     return 0
-
-
-def _toml(argv: Sequence[str]) -> Path | None:
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
-        if word == "--config" and following is not None:
-            return Path(following)
-        if word.startswith("--config="):
-            return Path(word.partition("=")[2])
-    return None
 
 
 def architecture_of(cfg: TrainingConfig) -> Architecture:

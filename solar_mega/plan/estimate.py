@@ -9,12 +9,14 @@ from it alone. The estimate compares layouts: it assumes what share of the peak 
 Neither was measured.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from solar_mega.config.check import TrainingConfig
 from solar_mega.model.activations import Shape
 from solar_mega.model.architecture import Architecture
+from solar_mega.model.buffers import bucket_size
 from solar_mega.model.layout import layers_of_chunk
 from solar_mega.model.memory import StageMemory, stage_memory
 from solar_mega.model.traffic import Traffic, stage_flops, stage_traffic
@@ -227,15 +229,34 @@ def _links(
         found.append(Link("pipeline", pp, over, sent, sent / rate + starting, exposed))
     if dp > 1:
         over, rate = _data_link(cluster, tp, dp)
-        for what, attribute in (("gradients", "gradients"), ("weights", "weights")):
-            sent = max(getattr(stage.traffic, attribute) for stage in stages)
+        for what in ("gradients", "weights"):
+            sent = max(getattr(stage.traffic, what) for stage in stages)
             if sent:
-                found.append(Link(what, dp, over, sent, sent / rate, sent / rate))
+                exposed = max(_exposed(shape, dp, p, stages[p], what, rate) for p in range(pp))
+                found.append(Link(what, dp, over, sent, sent / rate, exposed))
     copied = max(stage.traffic.embedding for stage in stages)
     if copied:
         over, rate = _pair_link(cluster, tp * dp * pp)
         found.append(Link("embedding", 2, over, copied, copied / rate, copied / rate))
     return tuple(found)
+
+
+def _exposed(shape: Shape, dp: int, pp_rank: int, stage: Stage, what: str, rate: float) -> float:
+    """Seconds of a stage's data-parallel communication that no computation hides.
+
+    Overlapped, a chunk's gradients are reduced while other chunks compute. Of the first stage's first chunk,
+    whose backward is the step's end, all but one bucket goes along with that backward; later stages have
+    finished one chunk's time earlier each. Weights: the same the other way round.
+    """
+    parallel = shape.parallel
+    seconds, vpp = getattr(stage.traffic, what) / rate, parallel.vpp
+    if not (parallel.overlap_grad_reduce if what == "gradients" else parallel.overlap_param_gather):
+        return seconds
+    chunk = stage.seconds / vpp * (2 / 3 if what == "gradients" else 1 / 3)  # backward, forward
+    if pp_rank > 0:
+        return max(0.0, seconds / vpp - pp_rank * chunk, seconds - (vpp - 1 + pp_rank) * chunk)
+    lone = min(1.0, (bucket_size(parallel, dp) or math.inf) / stage.memory.parameters)
+    return max(seconds * lone, seconds - vpp * chunk)
 
 
 def _tensor_link(cluster: Cluster, tp: int) -> tuple[str, float]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from solar_mega.plan.estimate import Estimate
 from solar_mega.plan.search import Found
+from solar_mega.runtime.accelerators import needs
 from solar_mega.runtime.console import human_bytes, human_count, human_seconds, table
 
 IMBALANCE = 0.03
@@ -163,6 +164,19 @@ def warnings(plan: Estimate) -> list[str]:
         )
     if plan.cfg.parallel.tp > plan.cluster.gpus_per_node:
         notes.append("tensor parallelism crosses nodes; keep tp within a node")
+    return notes + _accelerators(plan)
+
+
+def _accelerators(plan: Estimate) -> list[str]:
+    gpu, kernels = plan.cluster.gpu, plan.cfg.kernels
+    notes = [
+        f"{need.key} needs compute capability {'.'.join(map(str, need.capability))}, {gpu.name} has "
+        f"{'.'.join(map(str, gpu.capability))}; choose {need.otherwise}"
+        for need in needs(plan.cfg.parallel, kernels)
+        if gpu.capability < need.capability
+    ]
+    if kernels.fp8 != "off":
+        notes.append(f'both speeds are counted at the bf16 peak, kernels.fp8 = "{kernels.fp8}" or not')
     return notes
 
 

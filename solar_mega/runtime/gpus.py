@@ -28,6 +28,9 @@ class Gpu:
     network: float
     """Bytes/s in each direction to other nodes, per GPU, of the usual server with one adapter a GPU."""
 
+    capability: tuple[int, int]
+    """Compute capability."""
+
     def peak(self, precision: str) -> float:
         """FLOP/s in `train.precision`."""
         return self.bf16 if precision == "bf16" else self.fp32
@@ -36,12 +39,12 @@ class Gpu:
 _MIB = 2**20
 
 GPUS = {
-    "h100-pcie": Gpu("H100 PCIe", 81559 * _MIB, 756e12, 51e12, 2.0e12, 64e9, 25e9),
-    "h100": Gpu("H100", 81559 * _MIB, 989e12, 67e12, 3.35e12, 450e9, 50e9),
-    "h200": Gpu("H200", 143771 * _MIB, 989e12, 67e12, 4.8e12, 450e9, 50e9),
-    "a100-40gb": Gpu("A100-SXM4-40GB", 40960 * _MIB, 312e12, 19.5e12, 1.56e12, 300e9, 25e9),
-    "a100": Gpu("A100", 81920 * _MIB, 312e12, 19.5e12, 2.04e12, 300e9, 25e9),
-    "b200": Gpu("B200", 183359 * _MIB, 2250e12, 75e12, 7.7e12, 900e9, 50e9),
+    "h100-pcie": Gpu("H100 PCIe", 81559 * _MIB, 756e12, 51e12, 2.0e12, 64e9, 25e9, (9, 0)),
+    "h100": Gpu("H100", 81559 * _MIB, 989e12, 67e12, 3.35e12, 450e9, 50e9, (9, 0)),
+    "h200": Gpu("H200", 143771 * _MIB, 989e12, 67e12, 4.8e12, 450e9, 50e9, (9, 0)),
+    "a100-40gb": Gpu("A100-SXM4-40GB", 40960 * _MIB, 312e12, 19.5e12, 1.56e12, 300e9, 25e9, (8, 0)),
+    "a100": Gpu("A100", 81920 * _MIB, 312e12, 19.5e12, 2.04e12, 300e9, 25e9, (8, 0)),
+    "b200": Gpu("B200", 183359 * _MIB, 2250e12, 75e12, 7.7e12, 900e9, 50e9, (10, 0)),
 }
 """By the name that `--gpu` takes. The narrower names come first: `of_device` takes the first that fits."""
 

@@ -1,6 +1,7 @@
 """`solar-mega preflight`: do the machines work together? Every rank runs it before a training.
 
 - all ranks have the same packages, and each a GPU of its own that nobody else uses, or none has one
+- every rank has the accelerators that the training to come asks for
 - collectives of all ranks give the right sums, at what speed
 - the directory is on a file system that every node sees, and a rename on it is seen by all
 """
@@ -14,10 +15,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from solar_mega import __version__
-from solar_mega.config.command_line import parse_options
+from solar_mega.config.command_line import parse_options, parse_run, toml_of
+from solar_mega.config.kinds import config_class, kind_of
 from solar_mega.errors import Problems
+from solar_mega.runtime import accelerators
 from solar_mega.runtime.console import human_bytes, human_seconds, say, table
 
 BUSY = 0.05
@@ -42,6 +46,10 @@ class PreflightOptions:
     rounds: int = 5
     """All-reduces measured."""
 
+    config: Path | None = None
+    """TOML file of the training to come, `--section.key value` overrides and all: are its accelerators
+    there?"""
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -59,14 +67,17 @@ class Rank:
     used: float
     """Share of the GPU's memory in use."""
 
+    lacks: tuple[str, ...] = ()
+    """Accelerators of the training to come that are not here."""
+
 
 def preflight(argv: Sequence[str]) -> int:
-    """`solar-mega preflight --dir DIR`"""
-    options = parse_options(PreflightOptions, argv, "preflight")
+    """`solar-mega preflight --dir DIR [--config x.toml ...]`"""
+    options, training = _read(argv)
     from solar_mega.runtime import parallel
 
     started = time.monotonic()
-    me = describe_rank()
+    me = describe_rank(training)
     parallel.join_world()
     try:
         ranks = parallel.gather(me)
@@ -83,7 +94,16 @@ def preflight(argv: Sequence[str]) -> int:
     return 0
 
 
-def describe_rank() -> Rank:
+def _read(argv: Sequence[str]) -> tuple[PreflightOptions, Any]:
+    """The options, and the training's configuration where one is given."""
+    toml = toml_of(argv)
+    if toml is None:
+        return parse_options(PreflightOptions, argv, "preflight"), None
+    return parse_run(PreflightOptions, config_class(kind_of(toml)), argv, "preflight")
+
+
+def describe_rank(training: Any = None) -> Rank:
+    """What this process has; `training` is a configuration that may ask for accelerators."""
     import torch
 
     rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -97,7 +117,9 @@ def describe_rank() -> Rank:
             free, total = torch.cuda.mem_get_info(local)
             device, device_id = properties.name, str(getattr(properties, "uuid", local))
             used = 1 - free / total
-    return Rank(rank, host, _versions(), device, device_id, used)
+    wanted = accelerators.needs(training.parallel, training.kernels) if hasattr(training, "kernels") else []
+    lacks = accelerators.missing(wanted, accelerators.this_device()) if wanted else []
+    return Rank(rank, host, _versions(), device, device_id, used, tuple(lacks))
 
 
 def _versions() -> str:
@@ -110,6 +132,9 @@ def _versions() -> str:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             found.append(f"{package} missing")
+    for package in ("transformer-engine", "flash-attn"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
     return ", ".join(found)
 
 
@@ -130,6 +155,11 @@ def compare(ranks: Sequence[Rank]) -> list[str]:
     for (host, device), group in owners.items():
         if len(group) > 1 and group[0].device != "CPU":
             found.append(f"{host}: ranks {', '.join(str(r.rank) for r in group)} share the GPU {device}")
+    lacking: dict[str, list[Rank]] = defaultdict(list)
+    for rank in ranks:
+        for text in rank.lacks:
+            lacking[text].append(rank)
+    found += [f"{_places(group)}: {text}" for text, group in lacking.items()]
     for rank in ranks:
         if rank.used > BUSY:
             found.append(

@@ -143,6 +143,8 @@ def train(
                 report.validation(step, validate(step))
             asked, overdue = ranks.any_rank(stop.received is not None, clock.due())
             due = overdue or (checkpoint.interval and step % checkpoint.interval == 0)
+            if asked or last or due:
+                trainer.gather_weights()
             with report.saving():
                 if asked or last or due:
                     dog.beat(f"saving step {step}", allowance=_SAVE_ALLOWANCE)

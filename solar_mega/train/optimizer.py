@@ -2,7 +2,8 @@
 
 import functools
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -22,24 +23,68 @@ from solar_mega.runtime import parallel as ranks
 
 
 class Replica(DistributedDataParallel):
-    """Megatron's DDP with gradient buffers that products of `model.linear` overwrite rather than add to."""
+    """Megatron's DDP with gradient buffers that products of `model.linear` overwrite rather than add to.
+
+    With overlap, a bucket's reduction starts when the last micro-batch's backward has been through all its
+    weights, and updated weights are gathered from the next forward's hooks on. Whoever reads weights outside
+    a forward calls `gather_weights` first.
+    """
 
     def zero_grad_buffer(self) -> None:
+        """Begins a step."""
         if ranks.device().type == "cuda":
             super().zero_grad_buffer()
-            return
-        for parameter in self.params_with_grad:
-            parameter.grad_added_to_main_grad = False
-            parameter.main_grad_is_stale = parameter in self._overwritten
-            if not parameter.main_grad_is_stale:
-                parameter.main_grad.zero_()
-        for group in self.bucket_groups:
-            group.reset()
+        else:
+            for parameter in self.params_with_grad:
+                parameter.grad_added_to_main_grad = False
+                parameter.main_grad_is_stale = parameter in self._overwritten
+                if not parameter.main_grad_is_stale:
+                    parameter.main_grad.zero_()
+            for group in self.bucket_groups:
+                group.reset()
+        self._start_gather()
 
     @functools.cached_property
     def _overwritten(self) -> set[torch.nn.Parameter]:
         linears = (module for module in self.module.modules() if isinstance(module, ColumnLinear | RowLinear))
         return {linear.weight for linear in linears if linear.weight.requires_grad}
+
+    def _start_gather(self) -> None:
+        """Begins to gather the updated weights that the next forward uses first, where the schedule does not:
+        stages that wait for their first input have time for it."""
+        if self.use_forward_hook and not self.ddp_config.align_param_gather:
+            for group in self.bucket_groups[-1:]:
+                if not group.param_gather_dispatched:
+                    group.start_param_sync()
+
+    def gather_weights(self) -> None:
+        """Every weight of this rank is up to date when it returns. Collective over the replicas."""
+        if not self.use_forward_hook:
+            return
+        for group in self.bucket_groups:
+            if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                group.start_param_sync(force_sync=True)
+
+    def _make_backward_post_hook(self, parameter: torch.nn.Parameter) -> Callable[..., None]:
+        """Megatron's hook, for gradients that a product has already put into the buffer and autograd never
+        saw; Megatron's asks for a `grad` when communication overlaps."""
+
+        def hook(*_: object) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            stale = getattr(parameter, "main_grad_is_stale", False)
+            if gradient is not None and stale:
+                parameter.main_grad_is_stale = False
+                parameter.main_grad.copy_(gradient)
+            elif gradient is not None and not parameter.grad_added_to_main_grad:
+                parameter.main_grad.add_(gradient)
+            if not self.ddp_config.overlap_grad_reduce:
+                return
+            group = self.param_to_bucket_group[parameter]
+            if group.is_last_microbatch:
+                _zero_if_stale(parameter)  # before the bucket that it lies in is reduced
+            group.register_grad_ready(parameter)
+
+        return hook
 
     def start_grad_sync(self, *unused) -> None:
         self._zero_what_is_stale()
@@ -52,9 +97,13 @@ class Replica(DistributedDataParallel):
     def _zero_what_is_stale(self) -> None:
         """Weights that no product of this step had a gradient for."""
         for parameter in self._overwritten:
-            if parameter.main_grad_is_stale:
-                parameter.main_grad_is_stale = False
-                parameter.main_grad.zero_()
+            _zero_if_stale(parameter)
+
+
+def _zero_if_stale(parameter: torch.nn.Parameter) -> None:
+    if getattr(parameter, "main_grad_is_stale", False):
+        parameter.main_grad_is_stale = False
+        parameter.main_grad.zero_()
 
 
 class LoneReplica(Replica):
@@ -89,19 +138,49 @@ def wrap(
     The chunks must hold their final weights: the optimizer copies its master weights from them. `lean=False`
     is Megatron's own class throughout (the benchmark's stock peer).
     """
+    alone = parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=parallel.distributed_optimizer,
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=parallel.overlap_grad_reduce and not alone,
+        overlap_param_gather=parallel.overlap_param_gather and not alone,
+        # The interleaved schedule starts the gathers, of the next chunk while one computes.
+        align_param_gather=parallel.overlap_param_gather and parallel.vpp > 1,
+        bucket_size=parallel.bucket_size,
     )
-    alone = parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1
     replica = (LoneReplica if alone else Replica) if lean else DistributedDataParallel
-    return [
+    wrapped = [
         # One bucket for all but the first chunk: later chunks' gradients are ready together (interleaved
         # schedule).
         replica(chunk.config, ddp, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
+    _tell_the_schedule(wrapped, ddp)
+    return wrapped
+
+
+def _tell_the_schedule(
+    wrapped: Sequence[DistributedDataParallel], ddp: DistributedDataParallelConfig
+) -> None:
+    """Which calls of its chunks Megatron's pipeline schedule makes: no reduction before a step's last
+    micro-batch, gathers ahead of their chunk."""
+    if ddp.overlap_grad_reduce:
+        held = [_weakly(chunk.no_sync) for chunk in wrapped]
+        for chunk in wrapped:
+            chunk.config.no_sync_func = held if len(held) > 1 else held[0]
+    if ddp.overlap_param_gather and ddp.align_param_gather:
+        for chunk in wrapped:
+            chunk.config.param_sync_func = [_weakly(one.start_param_sync) for one in wrapped]
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The bound method, without keeping its object alive.
+
+    model -> config -> method -> model, where gradient hooks are part of the way, is a circle that Python's
+    collector cannot see through, and a process that trains twice (a ladder's rungs) would keep both models.
+    """
+    reference = weakref.WeakMethod(method)
+    return lambda *arguments: reference()(*arguments)
 
 
 def build_optimizer(
@@ -128,17 +207,15 @@ def build_optimizer(
             bf16=precision == "bf16",
             params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
         ),
         list(wrapped),
     )
     if fused:
         _use_fused_adam(optimizer)
-    # Not the bound method: model -> config -> optimizer -> gradient hooks -> model is a circle that Python's
-    # collector cannot see through, and a process that trains twice (a ladder's rungs) would keep both models.
-    scale_loss = weakref.WeakMethod(optimizer.scale_loss)
     for chunk in wrapped:
         chunk.config.finalize_model_grads_func = finalize_model_grads
-        chunk.config.grad_scale_func = lambda loss: scale_loss()(loss)
+        chunk.config.grad_scale_func = _weakly(optimizer.scale_loss)
     return optimizer
 
 

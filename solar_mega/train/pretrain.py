@@ -13,7 +13,7 @@ def pretrain(cfg: PretrainConfig) -> Outcome:
 
     Raises UserError for bad input, before any work, and when the loss is no longer finite.
     """
-    prepared = prepare_together(lambda world: prepare(cfg, world), lambda seen: seen.resume_from)
+    prepared = prepare_together(cfg, lambda world: prepare(cfg, world), lambda seen: seen.resume_from)
     with ranks.running(cfg.parallel, cfg.train.seed, cfg.train.threads):
         from solar_mega.train.step import NEXT_TOKEN
 

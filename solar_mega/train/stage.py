@@ -28,6 +28,7 @@ from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import Problems, UserError
 from solar_mega.model.architecture import Architecture
 from solar_mega.model.layout import check_layout
+from solar_mega.runtime import accelerators
 from solar_mega.runtime import parallel as ranks
 from solar_mega.runtime.console import human_count, say
 from solar_mega.runtime.hardware import peak_flops
@@ -97,15 +98,19 @@ class Stage:
 T = TypeVar("T")
 
 
-def prepare_together(prepare: Callable[[int], T], resume_from: Callable[[T], Path | None]) -> T:
-    """`prepare(world size)` on every rank. A rank that fails alone (a node without the file system) fails
-    them all, and all resume from the same checkpoint."""
+def prepare_together(
+    cfg: TrainingConfig, prepare: Callable[[int], T], resume_from: Callable[[T], Path | None]
+) -> T:
+    """`prepare(world size)` on every rank. A rank that fails alone (a node without the file system, or
+    without an accelerator) fails them all, and all resume from the same checkpoint."""
     world = ranks.world_size()
     if world == 1:
+        accelerators.check_accelerators(cfg.parallel, cfg.kernels)
         return prepare(world)
     try:
         ranks.join_world()
         with ranks.together():
+            accelerators.check_accelerators(cfg.parallel, cfg.kernels)
             prepared = prepare(world)
         seen = ranks.gather(resume_from(prepared))
         if len(set(seen)) > 1:
@@ -296,10 +301,18 @@ def describe(cfg: TrainingConfig, prepared: Prepared, dp: int) -> str:
             f"size      {arch.num_layers} layers, {human_count(arch.parameters())} parameters (source: "
             f"{prepared.base.num_layers} layers, {human_count(prepared.base.parameters())})",
             f"layout    tp {parallel.tp} x pp {parallel.pp}{chunks} x dp {dp}, {run.precision}",
+            f"kernels   {accelerators.describe(parallel, cfg.kernels)}",
             f"training  {run.steps} steps, {human_count(tokens)} tokens, {flops:.2e} FLOP",
             f"output    {cfg.output.dir}",
+            *(f"not here  {text}" for text in _absent(cfg)),
         )
     )
+
+
+def _absent(cfg: TrainingConfig) -> list[str]:
+    """Accelerators that this machine lacks: no reason not to look at a run that others will make."""
+    wanted = accelerators.needs(cfg.parallel, cfg.kernels)
+    return accelerators.missing(wanted, accelerators.this_device()) if wanted else []
 
 
 def _run_state(

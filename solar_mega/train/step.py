@@ -149,6 +149,12 @@ class Trainer:
             self.schedule.step(1)
         return StepResult(seen.loss, grad_norm, lr, seen.count, updated, seen.statistics)
 
+    def gather_weights(self) -> None:
+        """Completes what `parallel.overlap_param_gather` leaves to the next forward: to be called before
+        weights are read in another way (a save, an export). Collective."""
+        for chunk in self.chunks:
+            chunk.gather_weights()
+
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], micro_batches: int) -> Evaluation:
         """Means over `micro_batches` of every data-parallel rank. Collective."""

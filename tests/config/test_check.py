@@ -33,6 +33,12 @@ def config(tmp_path):
         (4, "--parallel.pp 2 --parallel.vpp 2 --train.micro_batch_size 4"),
         (1, "--schedule.kind wsd --schedule.warmup_steps 90 --schedule.decay_steps 10"),
         (1, "--schedule.kind constant --schedule.warmup_steps 100"),
+        (2, "--parallel.overlap_grad_reduce --parallel.overlap_param_gather --parallel.bucket_size 1000"),
+        (1, "--kernels.linear te --kernels.fp8 tensorwise --kernels.gradient_accumulation_fusion"),
+        (
+            2,
+            "--parallel.tp 2 --parallel.sequence_parallel --parallel.tp_comm_overlap --kernels.linear te",
+        ),
         (1, "--data.split 1 0 --data.valid other"),
         (1, "--data.split 1 0 --train.eval_samples 0"),
     ],
@@ -82,6 +88,37 @@ def test_good_ones_pass(config, world, words):
         (1, "--optimizer.lr inf", "optimizer.lr = inf: must be above 0"),
         (1, "--optimizer.beta2 1", "optimizer.beta2 = 1.0: must be at least 0 and below 1"),
         (1, "--checkpoint.keep 1", "checkpoint.keep = 1: must be at least 2"),
+        (
+            2,
+            "--parallel.overlap_param_gather --parallel.distributed_optimizer false",
+            "parallel.overlap_param_gather = true needs parallel.distributed_optimizer = true and "
+            "parallel.overlap_grad_reduce = true",
+        ),
+        (2, "--parallel.bucket_size 9", "parallel.bucket_size = 9 needs parallel.overlap_grad_reduce = true"),
+        (1, "--parallel.bucket_size 0 --parallel.overlap_grad_reduce", "parallel.bucket_size = 0: must be"),
+        (1, "--kernels.fp8 mxfp8", 'kernels.fp8 = "mxfp8" needs kernels.linear = "te"; given "local"'),
+        (
+            1,
+            "--kernels.fp8 blockwise --kernels.linear te --train.precision fp32",
+            'kernels.fp8 = "blockwise" needs train.precision = "bf16"; given "fp32"',
+        ),
+        (
+            1,
+            "--kernels.fp8 mxfp8 --kernels.linear te --train.seq_length 144",
+            'kernels.fp8 = "mxfp8" needs a multiple of 32 tokens on a rank; train.micro_batch_size * '
+            "train.seq_length = 144",
+        ),
+        (
+            2,
+            "--parallel.tp_comm_overlap --parallel.tp 2",
+            'parallel.tp_comm_overlap = true needs kernels.linear = "te" and parallel.sequence_parallel = '
+            "true",
+        ),
+        (
+            1,
+            "--kernels.attention flash --train.precision fp32",
+            'kernels.attention = "flash" computes in bf16 only; train.precision is "fp32"',
+        ),
     ],
 )
 def test_each_mistake_is_named(config, world, words, complaint):

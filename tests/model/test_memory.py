@@ -21,6 +21,10 @@ LAYOUTS = {
     "dp4": dict(),
     "tp2 dp2": dict(tp=2),
     "pp4": dict(pp=4),
+    "dp4, buckets": dict(overlap_grad_reduce=True, bucket_size=2000),
+    "pp2 vpp2 dp2, buckets": dict(
+        pp=2, vpp=2, overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=1
+    ),
 }
 CASES = [(name, tied, precision) for name in LAYOUTS for tied, precision in ((False, "fp32"), (True, "bf16"))]
 

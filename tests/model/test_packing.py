@@ -1,6 +1,5 @@
 """Samples packed into one row give what they give apart, on every back end, recompute mode and layout."""
 
-import importlib.util
 import itertools
 
 import pytest
@@ -154,17 +153,3 @@ def test_a_packing_must_fit_its_row():
         seven.check(row)
     with pytest.raises(ValueError, match="b = 2, s = 7"):
         seven.check(torch.zeros(7, 2, 2, 4))
-
-
-OPTIONAL = {"flash": ("flash_attn", "flash-attn"), "te": ("transformer_engine", "Transformer Engine")}
-
-
-@pytest.mark.parametrize("attention", OPTIONAL)
-def test_absent_libraries_are_named(attention):
-    from solar_mega.errors import UserError
-
-    module, library = OPTIONAL[attention]
-    if importlib.util.find_spec(module) is not None:
-        pytest.skip(f"{library} is installed")
-    with one_rank(), pytest.raises(UserError, match=f'"{attention}" needs {library}'):
-        start(Case(**{**vars(CASE), "kernels": KernelConfig(attention=attention)}))

@@ -31,6 +31,7 @@ def test_equal_ranks_are_fine():
         ),
         (dict(device_id="uuid-0"), "a: ranks 0, 3 share the GPU uuid-0"),
         (dict(used=0.4), "a, rank 3: 40% of the GPU's memory is already used"),
+        (dict(lacks=("kernels.linear needs X",)), "a (ranks 3): kernels.linear needs X"),
         (dict(device="missing: local rank 3 of 3 visible GPUs"), "missing: local rank 3 of 3 visible GPUs"),
     ],
 )

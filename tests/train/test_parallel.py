@@ -18,6 +18,7 @@ from tests.train.tiny import Case, one_rank, train
 TOLERANCE = 3e-6
 PLAIN = Case()
 SP = dict(sequence_parallel=True)
+OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=2000)
 PLAIN_OPTIMIZER = dict(distributed_optimizer=False)
 
 ONE_RANK = {
@@ -39,6 +40,7 @@ TWO_RANKS = {
     "tp2 sp": PLAIN.on(2, **SP),
     "dp2": PLAIN.on(),
     "dp2, without distributed optimizer": PLAIN.on(**PLAIN_OPTIMIZER),
+    "dp2, overlapped": PLAIN.on(**OVERLAP),
     "tp2, recompute full": replace(PLAIN.on(2, **SP), recompute="full"),
     "pp2, recompute selective": replace(PLAIN.on(1, 2), recompute="selective"),
     "tied, tp2": replace(PLAIN.on(2), tied=True),
