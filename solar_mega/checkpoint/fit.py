@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     CheckpointingException,
@@ -19,7 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from solar_mega.checkpoint.optimizer_state import kind_of, optimizer_kind
+from solar_mega.checkpoint.optimizer_kinds import kind_of, optimizer_kind
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import Problems, UserError
 from solar_mega.runtime.files import DISK_ERRORS
@@ -93,8 +94,11 @@ def check_depth(path: Path, modules: list[nn.Module], layer_map: LayerMap) -> No
         )
 
 
-def check_optimizer(path: Path, optimizer: MegatronOptimizer, shapes: dict[str, Any], metadata: dict) -> None:
-    saved, needed = optimizer_kind(shapes), kind_of(optimizer)
+def check_optimizer(
+    path: Path, optimizer: MegatronOptimizer, stored: dict[str, ShardedTensor], metadata: dict
+) -> None:
+    """`stored`: the checkpoint's tensors, without data."""
+    saved, needed = optimizer_kind(stored), kind_of(optimizer)
     sharding = metadata["distrib_optim_sharding_type"]
     if saved is None:
         raise UserError(
@@ -104,10 +108,13 @@ def check_optimizer(path: Path, optimizer: MegatronOptimizer, shapes: dict[str, 
         raise UserError(
             f"checkpoint {path} has optimizer states of type {sharding}; supported: fully_reshardable"
         )
-    if saved != needed:
+    held = {t.dtype for key, t in stored.items() if key.startswith("decoder.layers.")}
+    wanted = torch.bfloat16 if optimizer.config.bf16 else torch.float32
+    if saved != needed and held != {wanted}:
+        spelled = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in held))
         raise UserError(
-            f"checkpoint {path} was written by the {saved} optimizer, this run uses the {needed} one; set "
-            "parallel.distributed_optimizer and train.precision as they were"
+            f"checkpoint {path} holds weights in {spelled}, this run trains "
+            f"{str(wanted).removeprefix('torch.')}: set train.precision as it was"
         )
 
 

@@ -30,6 +30,7 @@ from solar_mega.checkpoint.layout import (
     spell,
     unwrapped,
 )
+from solar_mega.checkpoint.optimizer_kinds import ask_as, kind_of, nest_as, optimizer_kind
 from solar_mega.checkpoint.optimizer_state import load_optimizer_state, optimizer_state_dict
 from solar_mega.checkpoint.remap import SourceDepth, mapped_state_dict
 from solar_mega.checkpoint.run_state import RunState, check_files, describe_megatron, read_run_state
@@ -118,7 +119,7 @@ def _load(
     layer_map = layer_map or LayerMap(source.layers, tuple(range(source.layers)))
     check_depth(path, modules, layer_map)
     if optimizer is not None:
-        check_optimizer(path, optimizer, shapes, metadata)
+        check_optimizer(path, optimizer, stored, metadata)
     metadata = ensure_metadata_has_dp_cp_group({**metadata, "non_homogeneous_layers": not source.homogeneous})
     if not layer_map.changed:
         return _load_copies(path, modules, optimizer, layer_map, source, shapes, metadata, with_rng)
@@ -148,7 +149,9 @@ def _load_copies(
     """`_load` through a map whose layers are copies."""
     contents = _aimed(modules, layer_map, source, metadata)
     if optimizer is not None:
-        contents["optimizer"] = optimizer_state_dict(optimizer, dict(contents), metadata, loading=True)
+        own = optimizer_state_dict(optimizer, dict(contents), metadata, loading=True)
+        saved, needed = optimizer_kind(shapes), kind_of(optimizer)
+        contents["optimizer"] = ask_as(own, saved, needed)
     check_tensors(path, contents, shapes)
     if with_rng:
         contents.update(rng_entry())
@@ -160,7 +163,8 @@ def _load_copies(
     for key, module in model_entries(modules).items():
         module.load_state_dict(loaded[key], strict=True)
     if optimizer is not None:
-        load_optimizer_state(optimizer, loaded["optimizer"])
+        states = loaded["optimizer"]
+        load_optimizer_state(optimizer, states if saved == needed else nest_as(states, own, optimizer))
     return loaded[RNG] if with_rng else None
 
 

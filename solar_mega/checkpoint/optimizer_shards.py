@@ -71,13 +71,14 @@ def sharded_states(
 
 
 def fill_states(optimizer: DistributedOptimizer, loaded: dict[int, dict[str, list[Tensor]]]) -> None:
-    """The loaded boxes into the optimizer's tensors; they lie there already unless a loader made its own."""
+    """The loaded boxes into the optimizer's tensors; they lie there already unless a loader made its own.
+    Master weights that are the weights themselves may be left out."""
     numbers = {p: n for n, p in enumerate(p for b in optimizer.buffers for p in b.param_index_map)}
     for parameter, _ in _shares(optimizer):
         states = optimizer._get_main_param_and_optimizer_states(parameter)
         for name in STATES:
             flat, done = states[name].detach().view(-1), 0
-            for piece in loaded[numbers[parameter]][name]:
+            for piece in loaded[numbers[parameter]].get(name, ()):
                 place = flat[done : done + piece.numel()]
                 if place.data_ptr() != piece.data_ptr():
                     place.copy_(piece.reshape(-1))

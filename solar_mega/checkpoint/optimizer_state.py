@@ -44,9 +44,11 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -
         optimizer.load_state_dict(loaded)
     for inner, groups in zip(optimizers, kept, strict=True):
         for group, hyperparameters in zip(inner.optimizer.param_groups, groups, strict=True):
-            parameters = group["params"]
+            parameters, steps = group["params"], group.get("step")
             group.clear()
             group.update(params=parameters, **hyperparameters)
+            if steps is not None and not isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW):
+                group["step"] = steps  # where Transformer Engine's and apex's Adam count
         for state in inner.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
@@ -98,20 +100,6 @@ def states_of(optimizer: MegatronOptimizer, parameter: torch.Tensor) -> tuple[di
             states["master"] = main
         return states, part
     return {}, whole
-
-
-def optimizer_kind(keys: Iterable[str]) -> str | None:
-    """Which optimizer wrote a checkpoint with these tensors: "distributed", "float16", "fp32" or None."""
-    states = {key.split(".")[2] for key in keys if key.startswith("optimizer.state.")}
-    if not states:
-        return None
-    return "distributed" if "param" in states else "float16" if "fp32_param" in states else "fp32"
-
-
-def kind_of(optimizer: MegatronOptimizer) -> str:
-    """The same word for an optimizer at hand."""
-    names = {"DistributedOptimizer": "distributed", "FP32Optimizer": "fp32"}
-    return names.get(type(next(_inner(optimizer))).__name__, "float16")
 
 
 def _inner(optimizer: MegatronOptimizer) -> Iterable[MegatronOptimizer]:

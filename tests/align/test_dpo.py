@@ -33,6 +33,7 @@ from tests.distributed import run_ranks
 from tests.train.tiny import one_rank
 
 RPO = ("--loss.rpo_alpha", "0.2")
+OVERLAP = ("--parallel.overlap_grad_reduce", "--parallel.overlap_param_gather", "--parallel.bucket_size", "1")
 ONE_RANK = {
     "tp1": (),
     "unpacked": ("--data.packing", "false"),
@@ -45,7 +46,7 @@ TWO_RANKS = {
     "pp2": ("--parallel.pp", "2"),
     "pp2-vpp2": ("--parallel.pp", "2", "--parallel.vpp", "2"),
     "dp2": (),
-    "rpo-dp2": RPO,
+    "rpo-dp2": (*RPO, *OVERLAP),
 }
 
 

@@ -158,7 +158,8 @@ def test_two_ranks_give_what_one_gives(inputs, tmp_path) -> None:
     run(inputs.words(tmp_path / "one", *more))
     layouts = {
         "pp": "--parallel.pp 2",
-        "dp": "--parallel.dp 2",
+        "dp": "--parallel.dp 2 --parallel.overlap_grad_reduce true --parallel.overlap_param_gather true "
+        "--parallel.bucket_size 1",
         "tp": "--parallel.tp 2 --parallel.sequence_parallel true --train.recompute full",
     }
     run_ranks(_two_ranks, 2, inputs.words(tmp_path, *more), layouts)

@@ -27,6 +27,7 @@ from tests.distributed import ROOT, run_ranks
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 PP2 = "--parallel.pp 2"
 INTERVAL = "--checkpoint.interval 3"
+OVERLAP = "--parallel.overlap_grad_reduce --parallel.overlap_param_gather --parallel.bucket_size 1"
 ENDLESS = "--schedule.kind constant --train.steps 3000"
 
 
@@ -161,6 +162,7 @@ def two_ranks(inputs, root, whole, signalled):
         "same": (3, f"{PP2} {INTERVAL}"),
         "tp2": (3, f"--parallel.tp 2 --parallel.sequence_parallel true {INTERVAL}"),
         "dp2": (3, INTERVAL),
+        "dp2_overlapped": (3, f"{OVERLAP} {INTERVAL}"),
         "again": (6, f"{PP2} {INTERVAL}"),
         "more_samples": (3, f"{PP2} --train.global_batch_size 8"),
         "signalled": (None, f"{PP2} {ENDLESS} --train.steps {last}"),
@@ -238,7 +240,7 @@ def test_resumed_run_is_the_same_run_bit_for_bit(two_ranks, root, whole):
     assert exported_bytes(root / "same") == exported_bytes(whole[0])
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "dp2", "dp2_overlapped"])
 def test_resuming_on_another_layout(two_ranks, one_rank, root, whole, layout):
     """Three steps in another order of addition. Losses differ by fp32's rounding, as in test_parallel. So do
     weights: the updates since the checkpoint are 2 % of them (3 * 5e-4 against 0.08), and Adam magnifies a
