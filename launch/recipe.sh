@@ -188,6 +188,7 @@ submit() {
         all) size=(--nodes=$(((GPUS + 7) / 8)) --ntasks-per-node=$((GPUS < 8 ? GPUS : 8))) ;;
         *) size=(--nodes=1 "--ntasks-per-node=$ranks" "--gres=gpu:$ranks") ;;
     esac
+    if [[ $recipe == tiny ]]; then size=(--nodes=1 "--ntasks-per-node=$ranks" --cpus-per-task=1 --gres=none); fi
     if [[ $ranks == all ]]; then
         # shellcheck disable=SC2046 # several words
         set -- "$@" $(cluster_flags "$config" "$GPUS")

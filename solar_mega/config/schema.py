@@ -233,8 +233,9 @@ class OutputConfig:
     wandb: str | None = None
     """Project of Weights & Biases to log into (needs the extra `tracking`)."""
 
-    wandb_mode: Literal["online", "offline"] = "online"
-    """`offline` keeps the run in `<dir>/wandb`, for `wandb sync` from a machine with a connection."""
+    wandb_mode: Literal["online", "offline"] | None = None
+    """`offline` keeps the run in `<dir>/wandb`, for `wandb sync` from a machine with a connection. Default:
+    what the environment variable WANDB_MODE says, else online."""
 
 
 @dataclass(frozen=True)

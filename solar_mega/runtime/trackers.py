@@ -2,11 +2,12 @@
 
 import importlib.util
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from solar_mega.errors import Problems
+from solar_mega.errors import Problems, UserError
 
 _NOT_CURVES = ("step", "tokens", "flops")
 
@@ -63,23 +64,33 @@ class TensorBoard:
 
 class WandB:
     """A run of Weights & Biases, kept in `<output.dir>/wandb` and, unless offline, sent. The run's directory
-    names it, so a resumed run goes on in the same one."""
+    names it, so a resumed run goes on in the same one.
 
-    def __init__(self, directory: Path, project: str, mode: str, config: str) -> None:
+    Raises UserError when there is no connection or no login.
+    """
+
+    def __init__(self, directory: Path, project: str, mode: str | None, config: str) -> None:
+        """`mode` None: as the environment variable WANDB_MODE says, else online."""
         import hashlib
 
         import wandb
 
-        directory = directory.absolute()
-        self.run = wandb.init(
-            project=project,
-            name=directory.name,
-            id=hashlib.sha256(str(directory).encode()).hexdigest()[:16],
-            resume=None if mode == "offline" else "allow",
-            mode=mode,
-            dir=str(directory),
-            config={"toml": config},
-        )
+        directory, mode = directory.absolute(), mode or os.environ.get("WANDB_MODE") or "online"
+        try:
+            self.run = wandb.init(
+                project=project,
+                name=directory.name,
+                id=hashlib.sha256(str(directory).encode()).hexdigest()[:16],
+                resume="allow" if mode == "online" else None,
+                mode=mode,
+                dir=str(directory),
+                config={"toml": config},
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f'output.wandb = "{project}", mode {mode}: {str(error).strip().splitlines()[0]} Or set '
+                'output.wandb_mode = "offline", and send the run later (wandb sync)'
+            ) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         self.run.log({**_curves(record), "step": record["step"]}, step=record["step"])

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from solar_mega.__main__ import main
-from solar_mega.errors import Problems
+from solar_mega.errors import Problems, UserError
 from solar_mega.runtime import trackers
 
 
@@ -91,9 +91,28 @@ def test_tensorboard_events(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0), (2, 1.0)]
 
 
-def test_wandb_offline(tmp_path):
+def test_wandb_offline(tmp_path, monkeypatch):
+    """The mode may come from the environment, as users of wandb know it; a resumed run writes beside the
+    first."""
     pytest.importorskip("wandb")
-    run = trackers.WandB(tmp_path, "tests", "offline", "steps = 1")
-    run.write({"step": 1, "loss": 2.0})
-    run.close()
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for mode, step in ((None, 1), ("offline", 2)):
+        run = trackers.WandB(tmp_path, "tests", mode, "steps = 1")
+        run.write({"step": step, "loss": 2.0, "kind": "word", "grad_norm": float("nan")})
+        run.write({"step": step, "val_loss": 2.5})
+        run.close()
+        files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+        assert len(files) >= 1
+        kept = b"".join(file.read_bytes() for file in files)
+        assert b"val_loss" in kept and b"steps = 1" in kept and b"grad_norm" not in kept
+
+
+def test_wandb_without_a_login_is_an_error_of_the_users(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where logins are kept
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with pytest.raises(UserError, match='output.wandb = "tests", mode online.*wandb_mode = "offline"'):
+        trackers.WandB(tmp_path, "tests", None, "")
