@@ -1,5 +1,5 @@
-"""The kernels' bodies on the CPU once more, under AddressSanitizer: no access outside any tensor or shared
-array.
+"""The kernels' bodies on the CPU, and the CPU's attention op, once more under AddressSanitizer: no access
+outside any tensor or shared array.
 
 Python is started with the sanitizer's allocator, which puts guarded zones around the tensors torch allocates;
 the kernels are compiled with its checks. `CXX` is a script that adds the flag, so the tests themselves do not
@@ -10,10 +10,11 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
-from toolchain import CSRC, require_cuda_headers, require_cxx
+from toolchain import CSRC, TORCH_INCLUDE, require_cuda_headers, require_cxx
 
 HERE = Path(__file__).parent
 SUITES = sorted(HERE.glob("test_*_on_host.py"))
@@ -64,6 +65,28 @@ def _runs(command: list[str]) -> bool:
 @pytest.mark.parametrize("suite", SUITES, ids=lambda path: path.stem)
 def test_no_access_out_of_bounds(sanitized, suite):
     done = run_sanitized(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)], sanitized)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+@pytest.fixture(scope="module")
+def attention(sanitized, tmp_path_factory) -> Path:
+    """The CPU's causal attention op, instrumented, with the registration of all ops."""
+    library = tmp_path_factory.mktemp("attention") / "attention.so"
+    sources = [CSRC / "registration.cpp", CSRC / "cpu" / "causal_attention.cpp"]
+    defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    defines += ['-DSOLAR_MEGA_BUILD_TORCH="this"', '-DSOLAR_MEGA_BUILD_CUDA_REASON="a test"']
+    includes = [f"-I{folder}" for folder in (CSRC, TORCH_INCLUDE, sysconfig.get_path("include"))]
+    flags = ["-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-w", *defines, *includes]
+    libraries = [f"-L{TORCH_INCLUDE.parent / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    words = [sanitized["CXX"], *flags, *map(str, sources), "-o", str(library), *libraries]
+    subprocess.run(words, check=True)
+    return library
+
+
+@pytest.mark.parametrize("isa", ["base", ""], ids=["base", "widest"])
+def test_causal_attention_over_packed_samples(sanitized, attention, isa):
+    calls = str(HERE / "causal_attention_calls.py")
+    done = run_sanitized([calls, str(attention)], {**sanitized, "SOLAR_MEGA_CPU_ISA": isa})
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
