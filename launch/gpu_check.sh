@@ -4,8 +4,9 @@
 #
 #     bash launch/gpu_check.sh [FOLDER]        default: docs/benchmarks/<device>-<date>
 #
-# Results, logs and summary.json land in FOLDER. A part that fails does not stop the others.
-# Exit code: 0 all parts passed, 1 some failed, 2 there is no GPU here (nothing is done).
+# Results, logs and summary.json land in FOLDER. A part that fails does not stop the others; only without compiled
+# CUDA ops is there nothing to test or measure, and the rest is skipped.
+# Exit code: 0 all parts passed, 1 some failed or were skipped, 2 there is no GPU here (nothing is done).
 #
 #     GPU_CHECK_PYTHON=/path/to/python    use this Python as it is, installing nothing: it needs torch with CUDA,
 #                                         megatron-core, tyro, setuptools, ninja, pytest and hypothesis
@@ -17,32 +18,46 @@ if (($# > 1)) || [[ "${1:-}" == -* ]]; then
     echo "usage: bash launch/gpu_check.sh [FOLDER]" >&2
     exit 2
 fi
-if ! command -v nvidia-smi > /dev/null || ! nvidia-smi -L 2> /dev/null | grep -q '^GPU '; then
+if ! command -v nvidia-smi > /dev/null || [[ "$(nvidia-smi -L 2> /dev/null)" != *"GPU "* ]]; then
     echo "gpu_check: no GPU here (nvidia-smi is missing or lists none); nothing was checked." >&2
     exit 2
 fi
 
 limit=${GPU_CHECK_SECONDS:-530}
-device=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
-driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
-capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
+# One GPU, and the one that is described: CUDA by itself numbers them by speed, nvidia-smi by bus.
+export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*}
+query() { nvidia-smi --id="$CUDA_VISIBLE_DEVICES" --query-gpu="$1" --format=csv,noheader; }
+if ! device=$(query name) || ! driver=$(query driver_version) || ! capability=$(query compute_cap); then
+    echo "gpu_check: nvidia-smi knows no GPU $CUDA_VISIBLE_DEVICES (CUDA_VISIBLE_DEVICES): $device" >&2
+    exit 2
+fi
 slug=$(tr -cs 'A-Za-z0-9\n' '-' <<< "$device" | tr '[:upper:]' '[:lower:]' | sed 's/^-*//; s/-*$//')
 folder=${1:-docs/benchmarks/$slug-$(date -u +%Y-%m-%d)}
 mkdir -p "$folder/logs"
 parts=$folder/logs/parts.tsv
 : > "$parts"
-export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
 # For the GPU at hand only: half the compile time.
 export SOLAR_MEGA_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$capability}"
 echo "gpu_check: $device, driver $driver, results in $folder"
 
+# skip NAME REASON
+skip() {
+    printf '%-16s skipped: %s\n' "$1" "$2"
+    printf '%s\tskipped\t0\t-\n' "$1" >> "$parts"
+}
+
 # part NAME SECONDS COMMAND...: runs it with its own time limit, logs it, notes how it ended.
+compiled=yes
 part() {
     local name=$1 own=$2 began=$SECONDS code=0 left=$((limit - SECONDS)) verdict
     shift 2
     if ((left < 10)); then
-        printf '%-16s skipped: no time left\n' "$name"
-        printf '%s\tskipped\t0\t-\n' "$name" >> "$parts"
+        skip "$name" "no time left"
+        return
+    elif [[ $compiled == no ]]; then
+        # The fallback to PyTorch's ops would be measured, and stand in the results under our name.
+        skip "$name" "no compiled CUDA ops"
         return
     fi
     timeout --kill-after=5 "$((own < left ? own : left))" "$@" > "$folder/logs/$name.log" 2>&1 || code=$?
@@ -53,13 +68,16 @@ part() {
     esac
     printf '%-16s %s in %s s\n' "$name" "$verdict" "$((SECONDS - began))"
     printf '%s\t%s\t%s\t%s\n' "$name" "$verdict" "$((SECONDS - began))" "$code" >> "$parts"
-    if [[ $verdict != passed ]]; then tail -n 5 "$folder/logs/$name.log" | sed 's/^/    | /'; fi
+    if [[ $verdict == passed ]]; then return; fi
+    tail -n 5 "$folder/logs/$name.log" | sed 's/^/    | /'
+    if [[ $name == gpu-is-used ]]; then compiled=no; fi
 }
 
 if [[ -n "${GPU_CHECK_PYTHON:-}" ]]; then
     python=$GPU_CHECK_PYTHON
     export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-    part build 240 "$python" setup.py build_ext --inplace
+    # --force: a library of CPU ops built earlier is newer than the CUDA sources it lacks.
+    part build 240 "$python" setup.py build_ext --inplace --force
 else
     python=$PWD/.venv/bin/python
     part build 300 bash launch/env.sh
@@ -73,11 +91,10 @@ sys.exit(not ops.available("cuda"))'
 
 part tests 150 "$python" -m pytest -q -m cuda -p no:cacheprovider tests/ops
 
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2> /dev/null || true)
+sanitizer=$(PATH="${CUDA_HOME:-/usr/local/cuda}/bin:$PATH:/usr/local/cuda/bin" command -v compute-sanitizer || true)
 for tool in memcheck racecheck; do
     if [[ -z "$sanitizer" ]]; then
-        printf '%-16s skipped: no compute-sanitizer\n' "$tool"
-        printf '%s\tskipped\t0\t-\n' "$tool" >> "$parts"
+        skip "$tool" "no compute-sanitizer in CUDA_HOME, /usr/local/cuda or on PATH"
         continue
     fi
     # Without torch's caching allocator: inside its blocks nobody would see a write past the end of a tensor.

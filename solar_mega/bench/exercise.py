@@ -9,7 +9,7 @@ import sys
 import torch
 
 from solar_mega import ops
-from solar_mega.bench.cases import OPERATIONS, Shape, call_for
+from solar_mega.bench.cases import OPERATIONS, Inputs, Shape, call_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,6 +21,36 @@ SIZES = (
     (9, 16384, 14336, 4096, 8, 1, 128, 16, 2),
     (3, 77, 1, 33, 2, 1, 10, 8, 1),
 )
+
+
+def _token_logprob_variants(i: Inputs) -> None:
+    """The kernel with all its statistics, whole and in shards, and rows that begin anywhere."""
+    options = dict(mask=i["targets"] % 3 != 0, label_smoothing=0.1, z_loss=1e-4)
+    for logits in (i["logits"], i["logits"][:, 1:]):
+        leaf, targets = logits.detach().requires_grad_(), i["targets"].clamp(max=logits.shape[1] - 1)
+        ops.token_logprob_with_metrics(leaf, targets, **options).logps.sum().backward()
+
+
+def _linear_variants(i: Inputs) -> None:
+    """The gradient made in the forward."""
+    leaves = [i[name].detach().requires_grad_() for name in ("hidden", "weight")]
+    logps = ops.linear_token_logprob(*leaves, i["targets"], token_weights=i["dlogp"], z_loss=1e-4)
+    logps.backward(i["dlogp"])
+
+
+def _dpo_variants(i: Inputs) -> None:
+    """Every type of mask, and the count of all chosen tokens."""
+    for mask in (None, i["mask"], i["mask"].float()):
+        leaf = i["logps"].detach().requires_grad_()
+        ops.dpo_loss(leaf, i["cu_seqlens"], mask=mask, rpo_alpha=0.5).loss.backward()
+
+
+VARIANTS = {
+    "token_logprob": _token_logprob_variants,
+    "linear_token_logprob": _linear_variants,
+    "dpo_loss": _dpo_variants,
+}
+"""Kernels that the benchmarks' calls leave out: operation -> what takes the rest of them, from its inputs."""
 
 
 def run(names: list[str]) -> int:
@@ -36,6 +66,9 @@ def run(names: list[str]) -> int:
                 inputs = {key: tensor.to(device) for key, tensor in drawn.items()}
                 for mode in operation.modes:
                     call_for(operation, operation.providers["solar_mega"], mode.name, inputs)()
+                    calls += 1
+                if name in VARIANTS:
+                    VARIANTS[name]({key: tensor.to(device) for key, tensor in drawn.items()})
                     calls += 1
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -13,12 +13,8 @@ from solar_mega.ops.products import products_in_fp32
 from solar_mega.ops.qkv_rotary import qkv_rotary, qkv_rotary_reference
 from solar_mega.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from solar_mega.ops.swiglu import swiglu, swiglu_reference
-from solar_mega.ops.token_logprob import (
-    TokenMetrics,
-    token_logprob,
-    token_logprob_reference,
-    token_logprob_with_metrics,
-)
+from solar_mega.ops.token_logprob import TokenMetrics, token_logprob, token_logprob_with_metrics
+from solar_mega.ops.token_logprob_reference import token_logprob_reference
 
 __all__ = [
     "WeightsOf",

@@ -27,13 +27,11 @@ from solar_mega.ops import library
 from solar_mega.ops.linear_by_columns import ByColumns
 from solar_mega.ops.linear_by_tokens import ByTokens, WeightsOf, plan_by_tokens
 from solar_mega.ops.pieces import Head, product_dtype
-from solar_mega.ops.token_logprob import (
-    Terms,
-    _Fused,
-    _Reference,
+from solar_mega.ops.token_logprob import Fused, Terms, shards
+from solar_mega.ops.token_logprob_reference import (
+    Reference,
     check_targets,
     counted_tokens,
-    shards,
     token_logprob_reference,
 )
 
@@ -98,7 +96,7 @@ def linear_token_logprob(
             f"linear_token_logprob: vocab_size is {size}; allowed: 1 to {ranks * columns}, "
             "the rows of all ranks' weight"
         )
-    kernels = _Fused if library.use_compiled(implementation, hidden.device.type) else _Reference
+    kernels = Fused if library.use_compiled(implementation, hidden.device.type) else Reference
     terms = Terms(rank * columns, size, label_smoothing, z_loss)
     head = Head(terms, tp_group, sequence_parallel, max_logits_bytes, kernels, product_dtype(hidden))
     if targets.numel() == 0:

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from solar_mega.ops.products import products_in_fp32
-from solar_mega.ops.token_logprob import Terms, counted_tokens, gathered, shards
+from solar_mega.ops.token_logprob import Terms, gathered, shards
+from solar_mega.ops.token_logprob_reference import counted_tokens
 
 BLOCK_BYTES = 4 * 2**20
 """Of a matrix that is widened, multiplied or rounded block by block: large for a product, small beside any

@@ -18,7 +18,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = tmp_path_factory.mktemp("host") / "qkv_rotary_on_host.so"
     here = ROOT / "tests" / "ops"
     includes = [f"-I{CSRC}", f"-I{here}", f"-I{require_cuda_headers()}"]
-    command = [require_cxx(), "-O1", "-g", "-std=c++17", "-shared", "-fPIC", "-w", *includes]
+    command = [require_cxx(), "-O1", "-g1", "-std=c++17", "-shared", "-fPIC", "-w", *includes]
     subprocess.run([*command, str(here / "qkv_rotary_on_host.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 

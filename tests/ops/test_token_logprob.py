@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from solar_mega import ops
-from solar_mega.ops.token_logprob import _Fused, _Reference
+from solar_mega.ops.token_logprob import Fused
+from solar_mega.ops.token_logprob_reference import Reference
 from tests.ops.devices import DEVICES, DTYPES, NARROWER, run_again_on
 
 SMOOTHED = dict(label_smoothing=0.1, z_loss=1e-3)
@@ -284,7 +285,7 @@ def test_the_twin_in_pytorch_computes_what_the_ops_do(options):
         torch.testing.assert_close(a, b)
     for first in (0, 45, 90):
         arguments = (logits.float()[:, :45], targets, None, first, 80, True, True)
-        torch.testing.assert_close(_Fused.partial(*arguments), _Reference.partial(*arguments))
+        torch.testing.assert_close(Fused.partial(*arguments), Reference.partial(*arguments))
 
 
 @pytest.mark.parametrize("device", DEVICES)
