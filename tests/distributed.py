@@ -34,6 +34,12 @@ class Ended(NamedTuple):
     output: str
     """What they printed, standard output and errors together."""
 
+    @property
+    def of_the_ranks(self) -> str:
+        """The output up to the agent's own report, which only says that a rank failed."""
+        agent = "torch/distributed/elastic/multiprocessing/api.py"
+        return self.output.split(agent)[0].rsplit("\n", 1)[0] or self.output
+
 
 def run_ranks(worker, ranks: int, *args, timeout: float = 300, check: bool = True):
     """Returns [worker(*args) of rank 0, 1, ...]; with `check=False`, how they `Ended`."""
@@ -42,11 +48,11 @@ def run_ranks(worker, ranks: int, *args, timeout: float = 300, check: bool = Tru
         call.write_bytes(pickle.dumps((sys.modules[worker.__module__].__file__, worker.__qualname__, args)))
         request = {"call": str(call), "folder": folder, "ranks": ranks, "environment": _environment()}
         code = _Server.at_work().launch(request, timeout)
-        output = Path(folder, "output").read_text("utf-8", "replace")
+        ended = Ended(code, Path(folder, "output").read_text("utf-8", "replace"))
         if not check:
-            return Ended(code, output)
+            return ended
         if code:
-            raise RankFailure(_of_the_ranks(output)[-6000:])
+            raise RankFailure(ended.of_the_ranks[-6000:])
         return [pickle.loads(Path(folder, f"rank{r}.pkl").read_bytes()) for r in range(ranks)]
 
 
@@ -57,11 +63,6 @@ def _environment() -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
-
-
-def _of_the_ranks(output: str) -> str:
-    """The output up to the agent's own report, which only says that a rank failed."""
-    return output.split("torch/distributed/elastic/multiprocessing/api.py")[0].rsplit("\n", 1)[0] or output
 
 
 class _Server:

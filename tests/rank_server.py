@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import pickle
+import signal
 import sys
 import traceback
 import warnings
@@ -43,6 +44,9 @@ def warm_up() -> None:
 def rank(call: str, folder: str) -> None:
     """One rank: calls the worker and leaves its result. The agent takes a return for success; a failure ends
     the process here, as it would end a script."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)  # the agent's own handlers came along with the fork
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         file, name, args = pickle.loads(Path(call).read_bytes())
         spec = importlib.util.spec_from_file_location("worker_module", file)
