@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from megatron.core.dist_checkpointing.strategies.base import AsyncSaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync,
@@ -144,6 +145,9 @@ def write_beside(rank: int, buckets: list[Bucket], report: str, trainer: int, ha
     makes again.
     """
     _die_with(trainer)
+    # torch makes its thread pool anew after a fork, at the first call that asks for it, and two threads that
+    # ask at once find none. Here one asks, before there are two; and copying what is written needs no pool.
+    torch.set_num_threads(1)
     outcome = write_buckets(buckets, hashed)
     try:
         content = pickle.dumps(outcome)
