@@ -20,6 +20,8 @@ KINDS = {
 }
 """Verb with `--config` -> the dataclass its file is read into, as `module:class`."""
 
+TRAININGS = ("pretrain", "sft", "dpo")
+
 
 def config_class(verb: str) -> type:
     module, name = KINDS[verb].split(":")

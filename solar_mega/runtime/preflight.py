@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from solar_mega import __version__
-from solar_mega.config.command_line import parse_options, parse_run, toml_of
-from solar_mega.config.kinds import config_class, kind_of
+from solar_mega.config.command_line import RunOptions, parse_options, parse_run
+from solar_mega.config.kinds import TRAININGS, config_class
 from solar_mega.errors import Problems
 from solar_mega.runtime import accelerators
 from solar_mega.runtime.console import human_bytes, human_seconds, say, table
@@ -35,7 +35,8 @@ PATIENCE = 5.0
 @dataclass(frozen=True)
 class PreflightOptions:
     """Check GPUs, collectives and the shared file system with all ranks of a job. Start it as a training is
-    started (torchrun, srun): exit code 2 and every problem found, by host and rank."""
+    started (torchrun, srun): exit code 2 and every problem found, by host and rank. The words of the training
+    to come may follow a lone `--`: its configuration is read, and its accelerators are looked for."""
 
     dir: Path = Path(".")
     """Directory that all nodes must share."""
@@ -45,10 +46,6 @@ class PreflightOptions:
 
     rounds: int = 5
     """All-reduces measured."""
-
-    config: Path | None = None
-    """TOML file of the training to come, `--section.key value` overrides and all: are its accelerators
-    there?"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Rank:
 
 
 def preflight(argv: Sequence[str]) -> int:
-    """`solar-mega preflight --dir DIR [--config x.toml ...]`"""
+    """`solar-mega preflight --dir DIR [-- VERB ARGUMENTS]`"""
     options, training = _read(argv)
     from solar_mega.runtime import parallel
 
@@ -95,11 +92,13 @@ def preflight(argv: Sequence[str]) -> int:
 
 
 def _read(argv: Sequence[str]) -> tuple[PreflightOptions, Any]:
-    """The options, and the training's configuration where one is given."""
-    toml = toml_of(argv)
-    if toml is None:
-        return parse_options(PreflightOptions, argv, "preflight"), None
-    return parse_run(PreflightOptions, config_class(kind_of(toml)), argv, "preflight")
+    """The options, and the configuration of the training to come where its words follow a lone `--`."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    options = parse_options(PreflightOptions, argv[:end], "preflight")
+    verb, *words = argv[end + 1 :] or [""]
+    if verb not in TRAININGS:
+        return options, None
+    return options, parse_run(RunOptions, config_class(verb), words, verb)[1]
 
 
 def describe_rank(training: Any = None) -> Rank:

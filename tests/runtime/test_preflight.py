@@ -1,5 +1,6 @@
 """preflight: what it finds among the ranks, and the whole of it on two."""
 
+import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,26 @@ def check(*directories: str) -> int:
 
     rank = int(os.environ["RANK"])
     return main(["preflight", "--dir", directories[rank % len(directories)], "--payload-mib", "1"])
+
+
+def read_ahead(directory: str) -> list[int]:
+    from solar_mega.__main__ import main
+
+    words = ["preflight", "--dir", directory, "--payload-mib", "1", "--"]
+    settings = """pretrain --model.path x --data.train x --output.dir x --train.steps 1
+        --train.seq_length 32 --train.global_batch_size 2"""
+    training = settings.split()
+    return [
+        main([*words, *training]),
+        main([*words, *training, "--kernels.linear", "te"]),
+        main([*words, *training, "--kernels.liner", "te"]),
+        main([*words, "convert", "a", "b"]),
+    ]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="it is installed")
+def test_the_training_to_come_is_looked_at(tmp_path: Path):
+    assert run_ranks(read_ahead, 2, str(tmp_path)) == [[0, 2, 2, 0]] * 2
 
 
 def test_ranks_that_share_a_directory(tmp_path: Path):
