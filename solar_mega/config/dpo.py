@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from solar_mega.config.check import C, check_directory, check_training
+from solar_mega.config.check import C, check_training
+from solar_mega.config.samples import SampleScheduleConfig, check_samples
 from solar_mega.config.schema import (
     CheckpointConfig,
     KernelConfig,
@@ -16,7 +17,6 @@ from solar_mega.config.schema import (
     OptimizerConfig,
     OutputConfig,
     ParallelConfig,
-    ScheduleConfig,
     TrainConfig,
 )
 from solar_mega.errors import Problems
@@ -37,12 +37,6 @@ class PairTrainConfig(TrainConfig):
 
     eval_samples: int = 0
     """Held-out pairs used of `data.valid`; 0: all of them."""
-
-
-@dataclass(frozen=True)
-class PairScheduleConfig(ScheduleConfig):
-    warmup_fraction: float = 0.0
-    """Share of the steps that warms up, where `warmup_steps` is 0."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,7 @@ class DPOConfig:
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(lr=5e-7, beta2=0.999, weight_decay=0.0)
     )
-    schedule: PairScheduleConfig = field(default_factory=PairScheduleConfig)
+    schedule: SampleScheduleConfig = field(default_factory=SampleScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
 
@@ -157,11 +151,7 @@ def _check_pairs(cfg: C, problems: Problems) -> None:
             "data.train and ladder.chunks: give one of them (a DPO step on data.train, or a rung per chunk); "
             f"given: {'both' if data.train else 'neither'}"
         )
-    if cfg.train.micro_batch_size != 1:
-        problems.add(
-            f"train.micro_batch_size = {cfg.train.micro_batch_size}: must be 1, a packed row of "
-            "train.seq_length tokens; make that longer instead"
-        )
+    check_samples(cfg, problems)
     if not 1 <= data.max_prompt_length < data.max_length:
         problems.add(
             f"data.max_prompt_length = {data.max_prompt_length}: must be at least 1 and below "
@@ -173,15 +163,9 @@ def _check_pairs(cfg: C, problems: Problems) -> None:
             f"{2 * data.max_length}, so that every pair fits a row"
         )
     ranges = {
-        "data.epochs": (data.epochs, 0 < data.epochs < math.inf, "above 0"),
         "loss.beta": (loss.beta, 0 < loss.beta < math.inf, "above 0"),
         "loss.rpo_alpha": (loss.rpo_alpha, 0 <= loss.rpo_alpha < math.inf, "at least 0"),
         "loss.label_smoothing": (loss.label_smoothing, 0 <= loss.label_smoothing < 0.5, "in [0, 0.5)"),
-        "schedule.warmup_fraction": (
-            cfg.schedule.warmup_fraction,
-            0 <= cfg.schedule.warmup_fraction < 1,
-            "in [0, 1)",
-        ),
     }
     for key, (value, inside, allowed) in ranges.items():
         if not inside:
@@ -191,6 +175,3 @@ def _check_pairs(cfg: C, problems: Problems) -> None:
             f'loss.label_smoothing = {loss.label_smoothing}: loss.variant = "{loss.variant}" has none; use '
             "sigmoid or robust"
         )
-    if data.tokenizer is not None and not data.tokenizer.exists():
-        problems.add(f"data.tokenizer = {data.tokenizer}: no such file or directory")
-    check_directory("data.cache", data.cache, problems)

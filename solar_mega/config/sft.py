@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from solar_mega.config.check import C, check_directory, check_training
+from solar_mega.config.check import C, check_training
+from solar_mega.config.samples import SampleScheduleConfig, check_samples
 from solar_mega.config.schema import (
     CheckpointConfig,
     KernelConfig,
@@ -16,7 +17,6 @@ from solar_mega.config.schema import (
     OptimizerConfig,
     OutputConfig,
     ParallelConfig,
-    ScheduleConfig,
     TrainConfig,
 )
 from solar_mega.errors import Problems
@@ -35,12 +35,6 @@ class SFTTrainConfig(TrainConfig):
 
     eval_samples: int = 0
     """Rows used of `data.valid`, packed likewise; 0: all of them."""
-
-
-@dataclass(frozen=True)
-class SFTScheduleConfig(ScheduleConfig):
-    warmup_fraction: float = 0.0
-    """Share of the steps that warms up, where `warmup_steps` is 0."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,7 @@ class SFTConfig:
     train: SFTTrainConfig = field(default_factory=SFTTrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, weight_decay=0.0))
-    schedule: SFTScheduleConfig = field(default_factory=SFTScheduleConfig)
+    schedule: SampleScheduleConfig = field(default_factory=SampleScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
 
@@ -111,19 +105,8 @@ def _check_instructions(cfg: C, problems: Problems) -> None:
     data = cfg.data
     if not data.train:
         problems.add('data.train: no data set; write for instance ["alpaca alpaca_gpt4.json"]')
-    if cfg.train.micro_batch_size != 1:
-        problems.add(
-            f"train.micro_batch_size = {cfg.train.micro_batch_size}: must be 1, a packed row of "
-            "train.seq_length tokens; make that longer instead"
-        )
-    if not 0 < data.epochs < math.inf:
-        problems.add(f"data.epochs = {data.epochs}: must be above 0")
+    check_samples(cfg, problems)
     if not 0 <= data.neftune_alpha < math.inf:
         problems.add(f"data.neftune_alpha = {data.neftune_alpha}: must be at least 0")
-    if not 0 <= cfg.schedule.warmup_fraction < 1:
-        problems.add(f"schedule.warmup_fraction = {cfg.schedule.warmup_fraction}: must be in [0, 1)")
     if cfg.output.export_best and not data.valid:
         problems.add("output.export_best = true needs data.valid: the best is told by the validation loss")
-    if data.tokenizer is not None and not data.tokenizer.exists():
-        problems.add(f"data.tokenizer = {data.tokenizer}: no such file or directory")
-    check_directory("data.cache", data.cache, problems)
