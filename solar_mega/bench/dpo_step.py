@@ -7,6 +7,7 @@ process of its own, in turns, and reports the most memory it held above what it 
 built.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -227,11 +228,10 @@ def _theirs(o: DPOStepBench) -> dict[str, Any]:
     except ImportError:
         raise UserError("bench dpo-step compares with TRL: pip install 'solar-mega[parity]'") from None
     import torch
-    from datasets import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(o.threads)
-    pairs, losses, began = _pairs(o), [], []
+    losses: list[float] = []
+    began: list[float] = []
 
     class Measured(trl.DPOTrainer):
         def _prepare_dataset(self, dataset, *args, **more):
@@ -246,52 +246,73 @@ def _theirs(o: DPOStepBench) -> dict[str, Any]:
             losses.append(float(result[0] if isinstance(result, tuple) else result))
             return result
 
-    rows = {
-        "prompt_ids": [pair.chosen.ids[~pair.chosen.loss].tolist() for pair in pairs],
-        "chosen_ids": [pair.chosen.ids[pair.chosen.loss].tolist() for pair in pairs],
-        "rejected_ids": [pair.rejected.ids[pair.rejected.loss].tolist() for pair in pairs],
-    }
-    dtype = torch.bfloat16 if o.precision == "bf16" else torch.float32
     with tempfile.TemporaryDirectory() as place:
-        tokenizer = _any_tokenizer()
+        rows, tokenizer = _their_rows(o), _any_tokenizer()
         peak = _Peak()
-        arch, weights = _weights(o)
-        config = LlamaConfig(**{k: v for k, v in _hf_config(o).items() if k != "architectures"})
-        models = []
-        for _ in range(2):
-            model = LlamaForCausalLM(config)
-            for name, parameter in model.named_parameters():
-                parameter.data.copy_(weights.read_rows(name, 0, parameter.shape[0]))
-            models.append(model.to(dtype))
-        arguments = trl.DPOConfig(
-            output_dir=place,
-            per_device_train_batch_size=o.pairs,
-            max_steps=o.steps,
-            learning_rate=1e-4,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
-            adam_beta2=0.95,
-            train_sampling_strategy="sequential",
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=not torch.cuda.is_available(),
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-        )
+        policy, reference = _their_models(o)
         trainer = Measured(
-            model=models[0],
-            ref_model=models[1],
-            args=arguments,
-            train_dataset=Dataset.from_dict(rows),
+            model=policy,
+            ref_model=reference,
+            args=_their_arguments(o, place),
+            train_dataset=rows,
             processing_class=tokenizer,
         )
-        sys.stdout, kept = sys.stderr, sys.stdout
-        trainer.train()
-        sys.stdout = kept
+        with contextlib.redirect_stdout(sys.stderr):
+            trainer.train()
         began.append(time.perf_counter())
         seconds = [after - before for before, after in zip(began, began[1:], strict=False)]
         return {"peak_bytes": peak.bytes(), "losses": losses, "step_seconds": statistics.median(seconds)}
+
+
+def _their_rows(o: DPOStepBench):
+    from datasets import Dataset
+
+    pairs = _pairs(o)
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [pair.chosen.ids[~pair.chosen.loss].tolist() for pair in pairs],
+            "chosen_ids": [pair.chosen.ids[pair.chosen.loss].tolist() for pair in pairs],
+            "rejected_ids": [pair.rejected.ids[pair.rejected.loss].tolist() for pair in pairs],
+        }
+    )
+
+
+def _their_models(o: DPOStepBench) -> list[Any]:
+    """Policy and reference, both with the weights of `_weights`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _, weights = _weights(o)
+    config = LlamaConfig(**{k: v for k, v in _hf_config(o).items() if k != "architectures"})
+    models = []
+    for _ in range(2):
+        model = LlamaForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(weights.read_rows(name, 0, parameter.shape[0]))
+        models.append(model.to(torch.bfloat16 if o.precision == "bf16" else torch.float32))
+    return models
+
+
+def _their_arguments(o: DPOStepBench, place: str):
+    import torch
+    import trl
+
+    return trl.DPOConfig(
+        output_dir=place,
+        per_device_train_batch_size=o.pairs,
+        max_steps=o.steps,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        adam_beta2=0.95,
+        train_sampling_strategy="sequential",
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
 
 
 def _any_tokenizer():
