@@ -23,6 +23,7 @@ from solar_mega.model.architecture import Architecture
 from solar_mega.model.layout import check_layout
 from solar_mega.runtime.console import human_bytes, human_count, say
 from solar_mega.runtime.files import free_bytes, require_empty, require_space
+from solar_mega.runtime.garbage import small_heap
 from solar_mega.runtime.partial import left_behind
 
 _WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -80,7 +81,7 @@ def run(job: Conversion, dry_run: bool, progress: ProgressFactory) -> int:
         raise UserError(
             f"DST: {job.target} lies inside the source {job.source.path}; name a directory outside it"
         )
-    with world():
+    with small_heap(), world():
         with together():
             sheet, work = _prepare(job)
             # What a killed run left is counted as free: it is continued or removed.

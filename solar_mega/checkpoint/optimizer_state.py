@@ -14,7 +14,6 @@ Besides, Megatron loads the learning rate, betas and decay of the old run over t
 configuration. Here the configuration wins.
 """
 
-import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +24,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from solar_mega.checkpoint.optimizer_shards import fill_states, sharded_states
+from solar_mega.runtime.garbage import small_heap
 
 
 def optimizer_state_dict(
@@ -33,7 +33,7 @@ def optimizer_state_dict(
     """`optimizer.sharded_state_dict`, whether or not the optimizer has stepped."""
     for inner in _inner(optimizer):
         _give_states(inner)
-    with _in_place(optimizer), _small_heap():
+    with _in_place(optimizer), small_heap():  # Megatron collects garbage when it describes its states
         return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
 
 
@@ -53,18 +53,6 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -
         for state in inner.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
-
-
-@contextmanager
-def _small_heap() -> Iterator[None]:
-    """Megatron collects garbage when it describes its states. In a heap with all of torch and transformers
-    that takes a quarter of a second, most of what a save in the background holds the training up; none of
-    what lives already can be the garbage it is after."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextmanager
