@@ -5,30 +5,24 @@ they are there is checked before a model is built (`runtime.accelerators`).
 """
 
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
+from solar_mega.model.attention import SDPAttention
 from solar_mega.model.packing import Packing
 
 
-class FlashAttention(nn.Module):
+class FlashAttention(SDPAttention):
     """flash-attn: `flash_attn_func`, and `flash_attn_varlen_func` for packed samples. bf16 only
     (`config.check`)."""
 
-    def __init__(
-        self, config, layer_number: int, attn_mask_type: AttnMaskType, softmax_scale=None, **_
-    ) -> None:
-        super().__init__()
+    def __init__(self, config, layer_number: int, attn_mask_type: AttnMaskType, **options) -> None:
+        super().__init__(config, layer_number, attn_mask_type, **options)
         from flash_attn import flash_attn_func, flash_attn_varlen_func
 
         self.whole, self.packed = flash_attn_func, flash_attn_varlen_func
-        self.dropout = config.attention_dropout
-        window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
-        self.options = {
-            "softmax_scale": softmax_scale,
-            "causal": True,
-            "window_size": tuple(config.window_size) if window else (-1, -1),
-        }
+        # flash-attn counts the positions before the own one, and has -1 for all of them.
+        window = (-1, -1) if self.window is None else (self.window - 1, 0)
+        self.options = {"softmax_scale": self.scale, "causal": True, "window_size": window}
 
     def forward(
         self,
@@ -39,7 +33,7 @@ class FlashAttention(nn.Module):
         packed_seq_params: Packing | None = None,
         **_,
     ) -> Tensor:
-        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n*d]; b = 1 for packed samples."""
+        """As `SDPAttention.forward`."""
         options = {**self.options, "dropout_p": self.dropout if self.training else 0.0}
         if packed_seq_params is None:
             context = self.whole(*(t.transpose(0, 1) for t in (query, key, value)), **options)
@@ -76,7 +70,7 @@ class TransformerEngineAttention(nn.Module):
         packed_seq_params: Packing | None = None,
         **_,
     ) -> Tensor:
-        """As `FlashAttention.forward`."""
+        """As `SDPAttention.forward`."""
         if packed_seq_params is None:
             return self.inner(query, key, value, attention_mask, self.mask_type)
         packed_seq_params.check(query)
