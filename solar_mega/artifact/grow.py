@@ -218,9 +218,7 @@ def _move_tensors(plan: GrowthPlan, partial: Partial, progress: ProgressFactory)
         moves = [move for move in plan.moves if writer.infos[move.name].file not in done]
         before = plan.nbytes - sum(move.nbytes for move in moves)
         with progress(plan.nbytes, "bytes", "grow", before) as line:
-            for move, following in zip(moves, [*moves[1:], None], strict=True):
-                if following is not None:
-                    reader.prefetch(following.source)
+            for move in moves:
                 if move.recipe is not None:
                     writer.write_chunks(move.name, made_chunks(reader, move.recipe, move.dtype))
                     line.advance(move.nbytes)

@@ -113,13 +113,6 @@ class SafetensorsReader:
             self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY)
         return self._descriptors[file]
 
-    def prefetch(self, name: str) -> None:
-        """Has the disk begin to read a tensor that is needed soon: a copy inside the kernel reads only a
-        little ahead of itself."""
-        if hasattr(os, "posix_fadvise"):
-            info = self.info(name)
-            os.posix_fadvise(self.descriptor(name), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
-
     def read(self, name: str) -> "torch.Tensor":
         """The whole tensor, in memory of its own."""
         info = self.info(name)

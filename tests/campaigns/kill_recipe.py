@@ -57,7 +57,6 @@ def left(runs: Path) -> dict[str, str]:
 
 def campaign(undisturbed: Path, kills: int, shortest: float, longest: float, seed: int, log: Path) -> dict:
     dice, each, began = random.Random(seed), [], time.monotonic()
-    expected = left(undisturbed)
     while True:
         recipe = start(log)
         delay = dice.uniform(shortest, longest) if len(each) < kills else None
@@ -71,7 +70,7 @@ def campaign(undisturbed: Path, kills: int, shortest: float, longest: float, see
         if code != 0:
             raise SystemExit(f"the recipe ended with {code}; see {log}")
         break
-    found = left(ROOT / "runs")
+    expected, found = left(undisturbed), left(ROOT / "runs")
     differ = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     return {
         "command": " ".join(COMMAND),
