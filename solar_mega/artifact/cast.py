@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from solar_mega.artifact.safetensors_format import DTYPES, torch_dtype
-from solar_mega.artifact.safetensors_io import CHUNK_BYTES, SafetensorsReader, as_bytes
+from solar_mega.artifact.safetensors_reader import CHUNK_BYTES, SafetensorsReader, as_bytes
 from solar_mega.errors import UserError
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ TensorDigest = tuple[str, Sequence[int], str]
 def tensor_digest(tensor: "torch.Tensor") -> TensorDigest:
     """Of one tensor; fits in JSON."""
     from solar_mega.artifact.safetensors_format import dtype_name
-    from solar_mega.artifact.safetensors_io import as_bytes
+    from solar_mega.artifact.safetensors_reader import as_bytes
 
     return dtype_name(tensor.dtype), list(tensor.shape), hashlib.sha256(as_bytes(tensor)).hexdigest()
 

@@ -20,7 +20,7 @@ from solar_mega.artifact.layer_source import Making, check_made, check_recipe, m
 from solar_mega.artifact.lineage import Parent, directory_hash, write_lineage
 from solar_mega.artifact.progress import ProgressFactory, silent
 from solar_mega.artifact.safetensors_format import DTYPES, tensor_bytes
-from solar_mega.artifact.safetensors_io import SHARD_BYTES, ShardedWriter, split_into_shards
+from solar_mega.artifact.safetensors_writer import SHARD_BYTES, ShardedWriter, split_into_shards
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import UserError
 from solar_mega.runtime.files import require_empty, require_space, sync_file

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from solar_mega.artifact.safetensors_io import SafetensorsReader
+from solar_mega.artifact.safetensors_reader import SafetensorsReader
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import Problems, UserError
 

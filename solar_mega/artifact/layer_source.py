@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from solar_mega.artifact.cast import CASTABLE, cast
 from solar_mega.artifact.hf import layer_name, split_layer
-from solar_mega.artifact.safetensors_io import CHUNK_BYTES, as_bytes
+from solar_mega.artifact.safetensors_reader import CHUNK_BYTES, as_bytes
 from solar_mega.depth.layer_map import KEY, LayerMap
 from solar_mega.errors import Problems, UserError
 

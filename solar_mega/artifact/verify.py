@@ -1,6 +1,7 @@
 """Proof that a directory is another one through a layer map: every tensor compared bit for bit."""
 
 import struct
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from solar_mega.artifact.hf import HFDirectory
 from solar_mega.artifact.layer_source import made_chunks
 from solar_mega.artifact.progress import ProgressFactory, silent
 from solar_mega.artifact.safetensors_format import DTYPES
-from solar_mega.artifact.safetensors_io import SafetensorsReader
+from solar_mega.artifact.safetensors_reader import SafetensorsReader
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import UserError
 from solar_mega.runtime.console import human_bytes
@@ -23,6 +24,7 @@ _ABOUT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_
 _DERIVED = ".rotary_emb.inv_freq"
 _THREADS = 3  # one reads while the others compare
 _STRETCH = 64 << 20
+_DECODING = threading.Lock()  # one tensor at a time, or memory grows with the threads
 _STRUCT = {"F64": "<d", "F32": "<f", "F16": "<e"}
 
 
@@ -163,26 +165,21 @@ def _size(source: SafetensorsReader, move: Move, begin: int) -> int:
 
 
 def _check(source: SafetensorsReader, target: SafetensorsReader, move: Move, begin: int) -> Difference | None:
-    """One stretch of a tensor of the destination, compared in chunks that stay in a core's cache."""
+    """One stretch of a tensor of the destination."""
     if _copied(source, move):
         size = _size(source, move, begin)
-        pairs = zip(
-            *(
-                reader.stretch(name, begin, size)
-                for reader, name in ((source, move.source), (target, move.name))
-            ),
-            strict=True,
-        )
-    else:
-        made = move.recipe is not None
-        expected = (
-            made_chunks(source, move.recipe, move.dtype)
-            if made
-            else cast_chunks(source, move.source, move.dtype)
-        )
-        pairs = zip(map(bytes, expected), target.raw(move.name), strict=True)
-    byte = begin
-    for left, right in pairs:
+        expected, found = source.stretch(move.source, begin, size), target.stretch(move.name, begin, size)
+        return _first_unequal(move, begin, expected, found)
+    with _DECODING:
+        if move.recipe is not None:
+            expected = made_chunks(source, move.recipe, move.dtype)
+        else:
+            expected = cast_chunks(source, move.source, move.dtype)
+        return _first_unequal(move, 0, map(bytes, expected), target.raw(move.name))
+
+
+def _first_unequal(move: Move, byte: int, expected: Iterable, found: Iterable) -> Difference | None:
+    for left, right in zip(expected, found, strict=True):
         if left != right:
             return _difference(move, byte, bytes(left), bytes(right))
         byte += len(right)

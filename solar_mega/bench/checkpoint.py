@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy
 
 from solar_mega.artifact.hf import write_config
-from solar_mega.artifact.safetensors_io import ShardedWriter
+from solar_mega.artifact.safetensors_writer import ShardedWriter
 from solar_mega.checkpoint.names import hf_shapes
 from solar_mega.model.architecture import Architecture
 from solar_mega.runtime.console import Progress

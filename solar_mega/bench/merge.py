@@ -21,7 +21,8 @@ import torch
 
 from solar_mega.artifact.hf import HFDirectory, write_config
 from solar_mega.artifact.lineage import package_versions
-from solar_mega.artifact.safetensors_io import ShardedWriter, as_bytes
+from solar_mega.artifact.safetensors_reader import as_bytes
+from solar_mega.artifact.safetensors_writer import ShardedWriter
 from solar_mega.checkpoint.names import hf_shapes
 from solar_mega.errors import Problems, UserError
 from solar_mega.model.architecture import Architecture

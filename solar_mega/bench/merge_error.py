@@ -20,7 +20,7 @@ from torch import Tensor
 
 from solar_mega.artifact.hf import HFDirectory, write_config
 from solar_mega.artifact.lineage import package_versions
-from solar_mega.artifact.safetensors_io import ShardedWriter
+from solar_mega.artifact.safetensors_writer import ShardedWriter
 from solar_mega.checkpoint.names import hf_shapes
 from solar_mega.errors import UserError
 from solar_mega.merge.arithmetic import LERP_ABOVE

@@ -15,7 +15,7 @@ from solar_mega.artifact.digest import tensor_digest, weights_hash
 from solar_mega.artifact.layer_source import MappedSource
 from solar_mega.artifact.progress import ProgressFactory
 from solar_mega.artifact.safetensors_format import dtype_name
-from solar_mega.artifact.safetensors_io import ShardedWriter
+from solar_mega.artifact.safetensors_writer import ShardedWriter
 from solar_mega.checkpoint.items import CheckpointTensors
 from solar_mega.checkpoint.names import hf_shapes
 from solar_mega.checkpoint.sharing import my_share, shared_directory, together

@@ -9,7 +9,7 @@ from torch import nn
 
 from solar_mega.artifact.hf import split_layer
 from solar_mega.artifact.layer_source import MappedSource
-from solar_mega.artifact.safetensors_io import SafetensorsReader
+from solar_mega.artifact.safetensors_reader import SafetensorsReader
 from solar_mega.checkpoint.names import TensorSource, hf_names, hf_shapes, rule_of
 from solar_mega.config.schema import ParallelConfig
 from solar_mega.depth.layer_map import LayerMap

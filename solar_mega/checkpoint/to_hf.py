@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from solar_mega.artifact.hf import HFDirectory, write_config
 from solar_mega.artifact.lineage import LINEAGE, Parent, write_lineage
 from solar_mega.artifact.safetensors_format import dtype_name, tensor_bytes
-from solar_mega.artifact.safetensors_io import ShardedWriter
+from solar_mega.artifact.safetensors_writer import ShardedWriter
 from solar_mega.checkpoint.names import EMBEDDING, LAYER_PREFIX, Rule, hf_names, hf_shapes, model_rules
 from solar_mega.config.schema import ParallelConfig
 from solar_mega.config.units import parse_bytes

@@ -16,7 +16,7 @@ from solar_mega.artifact.hf import HFDirectory, grown_config
 from solar_mega.artifact.layer_source import MappedSource
 from solar_mega.artifact.progress import ProgressFactory, silent
 from solar_mega.artifact.safetensors_format import dtype_name, tensor_bytes, torch_dtype
-from solar_mega.artifact.safetensors_io import SafetensorsReader
+from solar_mega.artifact.safetensors_reader import SafetensorsReader
 from solar_mega.artifact.verify import Difference, VerifyReport, config_differences
 from solar_mega.checkpoint.from_hf import check_source
 from solar_mega.checkpoint.items import STATES, CheckpointTensors, per_layer

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from solar_mega.artifact.hf import HFDirectory
 from solar_mega.artifact.safetensors_format import DTYPES, TensorInfo, tensor_bytes
-from solar_mega.artifact.safetensors_io import SafetensorsReader, as_bytes
+from solar_mega.artifact.safetensors_reader import SafetensorsReader, as_bytes
 from solar_mega.checkpoint.items import CheckpointTensors
 from solar_mega.checkpoint.source import Source, open_source
 from solar_mega.checkpoint.views import MegatronView

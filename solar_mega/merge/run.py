@@ -24,7 +24,8 @@ from solar_mega.artifact.hf import write_config
 from solar_mega.artifact.lineage import Parent, directory_hash, write_lineage
 from solar_mega.artifact.progress import Advances, ProgressFactory, silent
 from solar_mega.artifact.safetensors_format import torch_dtype
-from solar_mega.artifact.safetensors_io import SHARD_BYTES, ShardedWriter, as_bytes
+from solar_mega.artifact.safetensors_reader import as_bytes
+from solar_mega.artifact.safetensors_writer import SHARD_BYTES, ShardedWriter
 from solar_mega.checkpoint.to_hf import parent_of
 from solar_mega.errors import UserError
 from solar_mega.merge.arithmetic import CHUNK, Findings, Stream, merge_tensor

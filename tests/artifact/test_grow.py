@@ -17,7 +17,7 @@ from solar_mega.artifact.grow import grow, plan_growth
 from solar_mega.artifact.hf import HFDirectory, split_layer
 from solar_mega.artifact.inspect import inspect_hf
 from solar_mega.artifact.lineage import directory_hash, read_lineage
-from solar_mega.artifact.safetensors_io import SafetensorsReader
+from solar_mega.artifact.safetensors_reader import SafetensorsReader
 from solar_mega.artifact.verify import verify
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import UserError

@@ -13,7 +13,8 @@ from solar_mega.artifact.hf import (
     split_layer,
     write_config,
 )
-from solar_mega.artifact.safetensors_io import SafetensorsReader, ShardedWriter
+from solar_mega.artifact.safetensors_reader import SafetensorsReader
+from solar_mega.artifact.safetensors_writer import ShardedWriter
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import UserError
 

@@ -8,7 +8,8 @@ import torch
 from solar_mega.artifact.grow import grow
 from solar_mega.artifact.hf import HFDirectory
 from solar_mega.artifact.layer_source import MappedSource, made_chunks, making, noise_rows
-from solar_mega.artifact.safetensors_io import CHUNK_BYTES, ShardedWriter, as_bytes
+from solar_mega.artifact.safetensors_reader import CHUNK_BYTES, as_bytes
+from solar_mega.artifact.safetensors_writer import ShardedWriter
 from solar_mega.artifact.verify import verify
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import UserError
@@ -97,7 +98,7 @@ def test_large_tensors_are_made_in_chunks_of_the_readers_size(tmp_path):
 
 
 def _Plain(directory):
-    from solar_mega.artifact.safetensors_io import SafetensorsReader
+    from solar_mega.artifact.safetensors_reader import SafetensorsReader
 
     return SafetensorsReader(directory)
 

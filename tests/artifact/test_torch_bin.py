@@ -9,7 +9,7 @@ import torch
 
 from solar_mega.artifact.grow import grow
 from solar_mega.artifact.hf import HFDirectory
-from solar_mega.artifact.safetensors_io import SafetensorsReader
+from solar_mega.artifact.safetensors_reader import SafetensorsReader
 from solar_mega.artifact.verify import verify
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import UserError

@@ -55,7 +55,7 @@ def write_model(directory: Path) -> None:
     import torch
 
     from solar_mega.artifact.hf import write_config
-    from solar_mega.artifact.safetensors_io import ShardedWriter
+    from solar_mega.artifact.safetensors_writer import ShardedWriter
     from solar_mega.checkpoint.names import hf_shapes
     from solar_mega.checkpoint.random_weights import RandomWeights
     from solar_mega.model.architecture import Architecture
