@@ -51,7 +51,7 @@ recipe_tiny() {
     merges
 
     stage 6_contamination 6_contamination 1  contamination  5_merge_v1             --reference runs/tiny/0_base/hf
-    stage 7_evaluate     7_evaluate       1  evaluate       "0_base/hf 1_upscale 2_pretrain/hf $tuned"
+    stage 7_evaluate     7_evaluate       2  evaluate       "0_base/hf 1_upscale 2_pretrain/hf $tuned"
     stage tables         -                1  tables         7_evaluate             \
         --note "ours: models of 3M parameters on self-made data; only the way is the same"
 }

@@ -123,7 +123,8 @@ def run(options: EvaluateOptions) -> "list[ModelResult]":
     def finished(path: Path, result: ModelResult | None) -> None:
         if result is not None:
             done[path] = result
-            write_report([done[path] for path in options.models if path in done], options.out)
+            if len(done) < len(options.models):
+                write_report([done[path] for path in options.models if path in done], options.out, False)
 
     # transformers' loading asks torch.cuda what Megatron on CPUs answers in its own way, so it goes first.
     for path in job.paths("hf"):

@@ -82,21 +82,28 @@ def notes(results: Sequence[ModelResult]) -> str:
     )
 
 
-def write_report(results: Sequence[ModelResult], out: Path) -> list[Path]:
-    """results.json, results.md and, with task scores, results.png in `out`. Returns what was written."""
+def write_report(results: Sequence[ModelResult], out: Path, complete: bool = True) -> list[Path]:
+    """results.json, results.md and, with task scores, results.png in `out`. Returns what was written.
+
+    While models are missing the names are so_far.*: results.json says that the evaluation is through.
+    """
+    name = "results" if complete else "so_far"
     rows, headers = rows_of(results)
     content = [asdict(result) | {"h6": result.h6(), "partial": result.partial} for result in results]
-    with atomic_file(out / "results.json") as stream:
+    with atomic_file(out / f"{name}.json") as stream:
         json.dump(content, stream, indent=1)
         stream.write("\n")
-    with atomic_file(out / "results.md") as stream:
+    with atomic_file(out / f"{name}.md") as stream:
         stream.write("| " + " | ".join(headers) + " |\n|" + "---|" * len(headers) + "\n")
         stream.writelines("| " + " | ".join(row) + " |\n" for row in rows)
         stream.write(notes(results) + "\n")
-    written = [out / "results.json", out / "results.md"]
+    written = [out / f"{name}.json", out / f"{name}.md"]
     if any(result.scores for result in results):
-        plot(results, out / "results.png")
-        written.append(out / "results.png")
+        plot(results, out / f"{name}.png")
+        written.append(out / f"{name}.png")
+    if complete:
+        for early in out.glob("so_far.*"):
+            early.unlink()
     return written
 
 

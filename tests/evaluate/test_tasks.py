@@ -3,7 +3,7 @@
 import pytest
 
 from solar_mega.errors import UserError
-from solar_mega.evaluate.report import ModelResult, rows_of
+from solar_mega.evaluate.report import ModelResult, rows_of, write_report
 from solar_mega.evaluate.run import TaskScore, _combined
 from solar_mega.evaluate.task_files import find_task_files
 from solar_mega.evaluate.tasks import H6, SUBJECTS, TaskPlan, plan_tasks
@@ -113,6 +113,15 @@ def test_side_by_side_with_a_missing_task():
     rows, headers = rows_of([whole, part])
     assert headers == ["model", "H6 (Avg.)", *H6.values()]
     assert rows[0][1] == "50.00 ± 0.41" and rows[1][1:] == ["–"] * 6 + ["25.00 ± 1.00"]
+
+
+def test_an_evaluation_with_models_to_come_has_no_results_yet(tmp_path):
+    """What an interrupted one leaves must not look like the whole."""
+    result = ModelResult("a", "a", (score("gsm8k", 0.25),))
+    write_report([result], tmp_path, complete=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"so_far.json", "so_far.md", "so_far.png"}
+    write_report([result], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "results.png"}
 
 
 def test_configurations_of_the_recipe_are_readable():
