@@ -104,10 +104,11 @@ def test_mean_of_subjects(weighted, value):
     assert score.stderr == pytest.approx(((weights[0] * 0.03) ** 2 + (weights[1] * 0.04) ** 2) ** 0.5)
 
 
-def test_side_by_side_with_a_missing_task():
-    def score(name: str, value: float) -> TaskScore:
-        return TaskScore(name, H6[name], "acc,none", value, 0.01, 10, 1, 1, {})
+def score(name: str, value: float) -> TaskScore:
+    return TaskScore(name, H6[name], "acc,none", value, 0.01, 10, 1, 1, {})
 
+
+def test_side_by_side_with_a_missing_task():
     whole = ModelResult("a", "a", tuple(score(name, 0.5) for name in H6))
     part = ModelResult("b", "b", (score("gsm8k", 0.25),))
     rows, headers = rows_of([whole, part])
