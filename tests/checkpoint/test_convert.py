@@ -167,7 +167,7 @@ def _faults(source, root):
         save_checkpoint(store, run.chunks, run.optimizer, run.state(3))
         assert store.steps() == [1, 3]
     with layout(distributed_optimizer=False) as parallel:
-        plain = training.start(arch, parallel, "fp32")
+        plain = training.start(arch, parallel, "bf16")
         failing("kind", lambda: load_checkpoint(good, plain.chunks, plain.optimizer))
     return messages
 
@@ -186,7 +186,7 @@ FAULTS = {
     "depth": ["6 layers", "the model has 4"],
     "shapes": ["has shape", "the model needs"],
     "full": ["step-00000002", "would be larger", "older ones are untouched"],
-    "kind": ["distributed", "fp32", "parallel.distributed_optimizer"],
+    "kind": ["holds weights in float32", "trains bfloat16", "train.precision"],
 }
 
 

@@ -37,6 +37,15 @@ class Terminal:
         seen, _, self.pending = self.pending.partition(text)
         return seen + text
 
+    def settle(self) -> None:
+        """Waits until nothing more is shown for two seconds, and forgets what was."""
+        quiet = 0
+        while quiet < 2:
+            more = self._read()
+            assert more is not None, "it ended"
+            quiet = 0 if more else quiet + 1
+        self.pending = ""
+
     def _read(self) -> str | None:
         if not select.select([self.descriptor], [], [], 1)[0]:
             return ""
@@ -79,7 +88,7 @@ def test_a_session(terminal):
         assert "Traceback" not in answer
         if answer.endswith("\n(stopped)\n\n> "):
             break
-        terminal.until("\n> ")  # the answer was over, and the key met the prompt
+        terminal.settle()  # the answer was over; the key met the prompt, or nothing at all
     else:
         pytest.fail("no answer was stopped")
     for keys, shown in (
