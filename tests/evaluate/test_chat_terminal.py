@@ -37,6 +37,29 @@ class Terminal:
         seen, _, self.pending = self.pending.partition(text)
         return seen + text
 
+    def words(self) -> None:
+        """Waits until something is shown, and leaves it there."""
+        limit = time.monotonic() + DEADLINE
+        while not self.pending.strip():
+            assert time.monotonic() < limit, "nothing is shown"
+            more = self._read()
+            assert more is not None, "it ended"
+            self.pending += more
+
+    def interrupt(self, text: str) -> str:
+        """Presses Ctrl-C until `text` is shown; what is shown up to and with it. One press may go unseen: Python's
+        readline looks for signals only after its wait for keys was cut short, and a signal that comes between
+        two waits cuts none short."""
+        limit = time.monotonic() + DEADLINE
+        while text not in self.pending:
+            assert time.monotonic() < limit, f"no {text!r} in {self.pending!r}"
+            self.type("\x03")
+            for _ in range(3):
+                more = self._read()
+                assert more is not None, f"it ended without {text!r}: {self.pending!r}"
+                self.pending += more
+        return self.until(text)
+
     def settle(self) -> None:
         """Waits until nothing more is shown for two seconds, and forgets what was."""
         quiet = 0
@@ -81,8 +104,7 @@ def test_a_session(terminal):
     for _ in range(5):
         terminal.type("Hello\n")
         assert terminal.until("\n").endswith("Hello\n")
-        while not terminal.pending.strip():
-            terminal.pending += terminal._read()
+        terminal.words()
         terminal.type("\x03")
         answer = terminal.until("\n> ")
         assert "Traceback" not in answer
@@ -96,10 +118,14 @@ def test_a_session(terminal):
         ("/reset\n", "(a new conversation)"),
         ("/nonsense\n", "(/nonsense is no command)"),
         ("too long " * 300 + "\n", "(the message is "),
-        ("half a line\x03", "(Ctrl-D or /exit leaves)"),
     ):
         terminal.type(keys)
         assert shown in terminal.until("\n> "), keys
+    terminal.type("half a line")
+    terminal.until("half a line")
+    terminal.interrupt("(Ctrl-D or /exit leaves)")
+    terminal.until("\n> ")
+    terminal.settle()  # a second press shows as a second note
     terminal.type("\x04")
     assert terminal.end() == 0
 
