@@ -20,6 +20,7 @@ from solar_mega.artifact.layer_source import Making, check_made, check_recipe, m
 from solar_mega.artifact.lineage import Parent, directory_hash, write_lineage
 from solar_mega.artifact.progress import ProgressFactory, silent
 from solar_mega.artifact.safetensors_format import DTYPES, tensor_bytes
+from solar_mega.artifact.safetensors_reader import SafetensorsReader
 from solar_mega.artifact.safetensors_writer import SHARD_BYTES, ShardedWriter, split_into_shards
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import UserError
@@ -56,7 +57,7 @@ class GrowthPlan:
     """config.json of the target."""
 
     moves: tuple[Move, ...] = field(repr=False)
-    """All tensors in the order they are written: embeddings, layers, head."""
+    """All tensors as they lie in the target: embeddings, layers, head."""
 
     @property
     def parameters(self) -> int:
@@ -198,6 +199,12 @@ def _identity(plan: GrowthPlan, dtype: str | None) -> dict[str, Any]:
     }
 
 
+def _source_order(moves: list[Move], reader: SafetensorsReader) -> list[Move]:
+    """As the source lies on the disk, all copies of a tensor in a row: what the map repeats is read
+    once, and the parent's hash finds it in memory."""
+    return sorted(moves, key=lambda move: (reader.infos[move.source].file, reader.infos[move.source].offset))
+
+
 def _move_tensors(plan: GrowthPlan, partial: Partial, progress: ProgressFactory) -> None:
     reader = plan.source.tensors
     done = partial.done()
@@ -216,6 +223,7 @@ def _move_tensors(plan: GrowthPlan, partial: Partial, progress: ProgressFactory)
         writer.plan([(move.name, move.dtype, move.shape) for move in plan.moves])
         writer.select(set(writer.files) - done.keys())
         moves = [move for move in plan.moves if writer.infos[move.name].file not in done]
+        moves = _source_order(moves, reader)
         before = plan.nbytes - sum(move.nbytes for move in moves)
         with progress(plan.nbytes, "bytes", "grow", before) as line:
             for move in moves:

@@ -1,8 +1,8 @@
 """`solar-mega bench convert`: every route of the converter beside `cp` and mergekit, on a generated
 checkpoint.
 
-Each route is a process of its own, as a user starts it. What it reads is evicted from the page cache before
-it, and what it wrote is on the disk (fsync) when its clock stops; `cp` is held to the same. Measured:
+Each route is a process of its own, as a user starts it. It starts cold (`commands.cold_start`), and what it wrote
+is on the disk (fsync) when its clock stops; `cp` is held to the same. Measured:
 
     wall       seconds from start to exit, interpreter and imports included
     cpu        user and system seconds of the process and its children
@@ -19,7 +19,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from solar_mega.bench.checkpoint import generate
+from solar_mega.bench.commands import cold_start, measured
 from solar_mega.errors import UserError
 from solar_mega.runtime.console import human_bytes, human_seconds, say, table
 from solar_mega.runtime.files import require_space
@@ -110,6 +110,7 @@ class _Bench:
         self.generated = generate(self.source, o)
         result = self.generated * (len(self._map()) + 1) // (o.layers + 1)
         require_space(o.work, 2 * result + (64 << 20))
+        self.expected = result
         map_flags = ["--layer-map", o.layer_map]
         grow = [*self.ours, "convert", self.source, self.grown, *map_flags]
         for _ in range(o.rounds):
@@ -157,7 +158,7 @@ class _Bench:
     def _measure(
         self, name: str, command: Sequence[Any], inputs: Sequence[Path], output: Path | None = None
     ) -> None:
-        _evict(inputs)
+        cold_start(inputs, self.generated + self.expected)
         figures = measured([str(word) for word in command])
         if output is not None:
             figures["output_bytes"] = _tree_bytes(output)
@@ -273,60 +274,6 @@ def mergekit_recipe(source: Path, layer_map: Any) -> str:
             f"        layer_range: [{first}, {first + piece.length}]",
         ]
     return "\n".join([*lines, "merge_method: passthrough", "dtype: bfloat16", ""])
-
-
-# Runs a command and writes down what the kernel counted for it and its children. A small process of its own:
-# a child's largest memory is never less than that of the process it was forked from.
-_COUNTER = """
-import json, os, sys, time
-
-def counts():
-    return {key: int(value) for key, value in (line.split(": ") for line in open("/proc/self/io"))}
-
-before, start = counts(), time.perf_counter()
-_, status, usage = os.wait4(os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ), 0)
-wall = time.perf_counter() - start
-done = {key: value - before[key] for key, value in counts().items()}
-json.dump(
-    {
-        "wall_s": round(wall, 3),
-        "cpu_s": round(usage.ru_utime + usage.ru_stime, 3),
-        "resident_bytes": usage.ru_maxrss * 1024,
-        "read_bytes": done["rchar"],
-        "written_bytes": done["wchar"],
-        "disk_read_bytes": done["read_bytes"],
-        "disk_written_bytes": done["write_bytes"],
-    },
-    open(sys.argv[1], "w"),
-)
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
-
-
-def measured(command: list[str]) -> dict[str, Any]:
-    """Runs a command to its end. Raises UserError with the end of its output when it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        figures, log = Path(folder, "figures"), Path(folder, "log")
-        with open(log, "wb") as output:
-            counter = [sys.executable, "-S", "-E", "-c", _COUNTER, str(figures), *command]
-            code = subprocess.run(counter, stdout=output, stderr=output).returncode
-        if code:
-            tail = log.read_text("utf-8", "replace")[-2000:]
-            raise UserError(f"{' '.join(command[:6])} ... ended with exit code {code}:\n{tail}")
-        return json.loads(figures.read_text())
-
-
-def _evict(directories: Sequence[Path]) -> None:
-    """Drops files from the page cache, so that every route reads them from the disk."""
-    for directory in directories:
-        for file in directory.rglob("*"):
-            if file.is_file():
-                descriptor = os.open(file, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-                finally:
-                    os.close(descriptor)
 
 
 def _tree_bytes(directory: Path) -> int:

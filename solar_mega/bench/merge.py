@@ -1,16 +1,14 @@
 """`solar-mega bench merge`: merging two large models, beside `cp` and mergekit.
 
 `cp` is the yardstick: reading both models and writing one of the same size with `cp` and `cat`, which is what
-any merge has to move. Each contestant is a process of its own, starts with a cold page cache where the system
-lets us drop it, and is timed until its output is on the disk.
+any merge has to move. Each contestant is a process of its own, starts cold (`commands.cold_start`), and is timed
+until its output is on the disk.
 """
 
-import contextlib
 import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,25 +21,13 @@ from solar_mega.artifact.hf import HFDirectory, write_config
 from solar_mega.artifact.lineage import package_versions
 from solar_mega.artifact.safetensors_reader import as_bytes
 from solar_mega.artifact.safetensors_writer import ShardedWriter
+from solar_mega.bench.commands import cold_start, measured
 from solar_mega.checkpoint.names import hf_shapes
-from solar_mega.errors import Problems, UserError
+from solar_mega.errors import Problems
 from solar_mega.model.architecture import Architecture
 from solar_mega.runtime.console import Progress, human_bytes, human_seconds, say, table
 from solar_mega.runtime.files import require_empty, require_space
 
-# A small process in between: a child's peak starts at what its parent had resident when it was started.
-_LAUNCHER = """
-import json, os, subprocess, sys, time
-started = time.monotonic()
-process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
-_, status, usage = os.wait4(process.pid, 0)
-print(json.dumps({
-    "code": os.waitstatus_to_exitcode(status),
-    "seconds": time.monotonic() - started,
-    "cpu_seconds": usage.ru_utime + usage.ru_stime,
-    "peak_resident_bytes": usage.ru_maxrss * 1024,
-}))
-"""
 _SPREAD = 0.02  # standard deviation of the weights, as in trained models
 
 
@@ -182,17 +168,17 @@ def _round(options: MergeBench, pair: list[Path], peer: str | None) -> Iterator[
     out = options.work / "out"
     if "cp" in options.contestants:
         copy = f"cp -r {pair[0]} {out} && cat {pair[1]}/*.safetensors > /dev/null && sync {out} {out}/*"
-        yield _measure("cp", "", ["sh", "-c", copy], out)
+        yield _measure("cp", "", ["sh", "-c", copy], pair, out)
     for method in options.methods:
         recipe = options.work / "recipe.yml"
         recipe.write_text(_recipe(method, pair), "utf-8")
         how = ["--t", "0.3"] if method == "slerp" else ["--weights", "0.5", "0.5"]
         ours = [sys.executable, "-m", "solar_mega", "merge", "--out", str(out), "--method", method]
         if "solar_mega" in options.contestants:
-            yield _measure("solar_mega", method, [*ours, "--models", *map(str, pair), *how], out)
+            yield _measure("solar_mega", method, [*ours, "--models", *map(str, pair), *how], pair, out)
         if "mergekit" in options.contestants and peer is not None:
             command = f"{peer} {recipe} {out} --quiet && sync {out} {out}/*"
-            yield _measure("mergekit", method, ["sh", "-c", command], out)
+            yield _measure("mergekit", method, ["sh", "-c", command], pair, out)
 
 
 def _recipe(method: str, pair: list[Path]) -> str:
@@ -204,28 +190,22 @@ def _recipe(method: str, pair: list[Path]) -> str:
     return "\n".join([f"merge_method: {method}", "models:", *models, *tail, "dtype: bfloat16", ""])
 
 
-def _measure(contestant: str, method: str, command: list[str], out: Path) -> dict[str, Any]:
-    """Wall and CPU seconds and peak resident memory of a command. Raises UserError when it fails."""
-    cold = _drop_caches()
-    log = out.with_suffix(".log")
-    with open(log, "wb") as stream:
-        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command]
-        done = subprocess.run(launcher, stdout=subprocess.PIPE, stderr=stream, check=True)
-    measured = json.loads(done.stdout)
-    code = measured.pop("code")
-    if code:
-        raise UserError(f"{contestant} failed ({code}):\n{log.read_text('utf-8')[-2000:]}")
+def _measure(contestant: str, method: str, command: list[str], pair: list[Path], out: Path) -> dict[str, Any]:
+    """One row of the results. Raises UserError when the command fails."""
+    cold_start(pair, 3 * _tree_bytes(pair[0]))
+    figures = measured(command)
     shutil.rmtree(out)
-    return {"contestant": contestant, "method": method, **measured, "cold_cache": cold}
+    return {
+        "contestant": contestant,
+        "method": method,
+        "seconds": figures["wall_s"],
+        "cpu_seconds": figures["cpu_s"],
+        "peak_resident_bytes": figures["resident_bytes"],
+    }
 
 
-def _drop_caches() -> bool:
-    """Everything on disk and nothing in memory, where this process may ask for it."""
-    os.sync()
-    with contextlib.suppress(OSError):
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-        return True
-    return False
+def _tree_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 def _report(

@@ -1,0 +1,97 @@
+"""What a command costs: wall and CPU seconds, memory, bytes; each from the same cold start."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from solar_mega.errors import UserError
+
+# Runs a command and writes down what the kernel counted for it and its children. A small process of its own:
+# a child's largest memory is never less than that of the process it was forked from.
+_COUNTER = """
+import json, os, sys, time
+
+def counts():
+    return {key: int(value) for key, value in (line.split(": ") for line in open("/proc/self/io"))}
+
+before, start = counts(), time.perf_counter()
+_, status, usage = os.wait4(os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ), 0)
+wall = time.perf_counter() - start
+done = {key: value - before[key] for key, value in counts().items()}
+json.dump(
+    {
+        "wall_s": round(wall, 3),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 3),
+        "resident_bytes": usage.ru_maxrss * 1024,
+        "read_bytes": done["rchar"],
+        "written_bytes": done["wchar"],
+        "disk_read_bytes": done["read_bytes"],
+        "disk_written_bytes": done["write_bytes"],
+    },
+    open(sys.argv[1], "w"),
+)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+# Touches free memory, and gives it back by ending.
+_TOUCHER = """
+import mmap, sys
+
+known = dict(line.split(":") for line in open("/proc/meminfo"))
+free = int(known["MemFree"].split()[0]) * 1024 * 9 // 10
+size = min(free, int(sys.argv[1])) // mmap.PAGESIZE * mmap.PAGESIZE
+if size:
+    mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
+"""
+
+
+def measured(command: Sequence[str]) -> dict[str, Any]:
+    """Runs a command to its end and returns what it took:
+
+        wall_s, cpu_s          seconds; the CPU's of the command and its children, user and system
+        resident_bytes         largest resident memory of any one process
+        read_bytes, written_bytes               passed to the kernel's read and write calls
+        disk_read_bytes, disk_written_bytes     to and from the disk
+
+    Raises UserError with the end of its output when it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        figures, log = Path(folder, "figures"), Path(folder, "log")
+        with open(log, "wb") as output:
+            counter = [sys.executable, "-S", "-E", "-c", _COUNTER, str(figures), *command]
+            code = subprocess.run(counter, stdout=output, stderr=output).returncode
+        if code:
+            tail = log.read_text("utf-8", "replace")[-2000:]
+            raise UserError(f"{' '.join(command[:6])} ... ended with exit code {code}:\n{tail}")
+        return json.loads(figures.read_text())
+
+
+def cold_start(inputs: Sequence[Path], nbytes: int) -> None:
+    """Puts the machine into the state from which every contestant starts: `inputs` (directories) are on the
+    disk and in no cache, and free memory, as far as `nbytes` will need it, is at hand.
+
+    The second matters on virtual machines. A host takes back what its guest has freed, and gives it back page
+    fault by page fault: 1 s a GB was seen, twice what copying takes. Who starts after a large deletion would
+    pay for it and who starts with a full page cache would not.
+    """
+    for directory in inputs:
+        for file in directory.rglob("*"):
+            if file.is_file():
+                _evict(file)
+    os.sync()
+    # In a process that may be killed for it where a control group allows less than is free.
+    subprocess.run([sys.executable, "-S", "-E", "-c", _TOUCHER, str(nbytes)], stderr=subprocess.DEVNULL)
+
+
+def _evict(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
