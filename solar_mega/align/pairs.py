@@ -7,7 +7,7 @@ from solar_mega.config.dpo import DPOConfig, PairDataConfig
 from solar_mega.data.chat import ChatTemplate
 from solar_mega.data.preference_tokens import Lengths, TokenPair, fingerprint, tokenize_pairs
 from solar_mega.data.preferences import FORMATS, PairOptions, read_pairs, read_prompts
-from solar_mega.data.rows import DatasetSpec, parse_spec
+from solar_mega.data.rows import DatasetSpec, parse_specs
 from solar_mega.data.tokenizer import Tokenizer
 from solar_mega.errors import Problems, UserError
 
@@ -42,13 +42,7 @@ def specs_of(cfg: DPOConfig) -> tuple[list[DatasetSpec], list[DatasetSpec], list
     problems = Problems()
 
     def parsed(texts: Sequence[str], key: str) -> list[DatasetSpec]:
-        specs = []
-        for text in texts:
-            try:
-                specs.append(parse_spec(text, key, tuple(FORMATS)))
-            except UserError as error:
-                problems.add(str(error))
-        return specs
+        return parse_specs(texts, key, tuple(FORMATS), problems)
 
     train, valid = parsed(cfg.data.train, "data.train"), parsed(cfg.data.valid, "data.valid")
     chunks = [parsed(datasets_of(chunk), "ladder.chunks") for chunk in cfg.ladder.chunks]

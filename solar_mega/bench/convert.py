@@ -1,8 +1,8 @@
 """`solar-mega bench convert`: every route of the converter beside `cp` and mergekit, on a generated
 checkpoint.
 
-Each route is a process of its own, as a user starts it. It starts cold (`commands.cold_start`), and what it wrote
-is on the disk (fsync) when its clock stops; `cp` is held to the same. Measured:
+Each route is a process of its own, as a user starts it. It starts cold (`commands.cold_start`), and what it
+wrote is on the disk (fsync) when its clock stops; `cp` is held to the same. Measured:
 
     wall       seconds from start to exit, interpreter and imports included
     cpu        user and system seconds of the process and its children

@@ -1,8 +1,8 @@
 """`solar-mega bench merge`: merging two large models, beside `cp` and mergekit.
 
 `cp` is the yardstick: reading both models and writing one of the same size with `cp` and `cat`, which is what
-any merge has to move. Each contestant is a process of its own, starts cold (`commands.cold_start`), and is timed
-until its output is on the disk.
+any merge has to move. Each contestant is a process of its own, starts cold (`commands.cold_start`), and is
+timed until its output is on the disk.
 """
 
 import json

@@ -15,7 +15,7 @@ from typing import Any
 
 from solar_mega.data.chat import Conversation, Message, check_conversation
 from solar_mega.data.preferences import PairReport, Unusable, as_messages
-from solar_mega.data.rows import DatasetSpec, Row, parse_spec, read_rows
+from solar_mega.data.rows import DatasetSpec, Row, parse_specs, read_rows
 from solar_mega.data.sources import BadRecord
 from solar_mega.errors import Problems, UserError
 
@@ -115,18 +115,10 @@ def specs_of(train: Sequence[str], valid: Sequence[str]) -> tuple[list[DatasetSp
     """The data sets of a run. Raises UserError listing all that cannot be read as one."""
     problems = Problems()
 
-    def parsed(texts: Sequence[str], key: str) -> list[DatasetSpec]:
-        specs = []
-        for text in texts:
-            try:
-                specs.append(parse_spec(text, key, tuple(FORMATS)))
-            except UserError as error:
-                problems.add(str(error))
-        return specs
-
-    found = parsed(train, "data.train"), parsed(valid, "data.valid")
+    training = parse_specs(train, "data.train", tuple(FORMATS), problems)
+    held_out = parse_specs(valid, "data.valid", tuple(FORMATS), problems)
     problems.raise_if_any("data sets")
-    return found
+    return training, held_out
 
 
 def read_instructions(spec: DatasetSpec, seed: int) -> tuple[list[Instruction], InstructionReport]:

@@ -18,7 +18,7 @@ from solar_mega.data.overlap import (
     whole_hash,
     words_of,
 )
-from solar_mega.data.sources import find_sources, open_source
+from solar_mega.data.sources import find_sources, open_source, parquet_rows
 from solar_mega.errors import Problems, UserError
 
 _TESTS = ("test", "val")
@@ -229,14 +229,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
     """(line or row from 1, record)."""
     (source,) = find_sources([str(path)])
     if source.format == "parquet":
-        import pyarrow.parquet
-
-        row = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield row, record
+        yield from enumerate(parquet_rows(path), 1)
         return
     with open_source(source) as stream:
         if stream.read(1) == b"[":

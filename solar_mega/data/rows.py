@@ -13,10 +13,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from solar_mega.data.sources import BOM, UNPACKING_ERRORS, BadRecord, Source, find_sources, open_source
-from solar_mega.errors import UserError
+from solar_mega.data.sources import (
+    BOM,
+    UNPACKING_ERRORS,
+    BadRecord,
+    Source,
+    find_sources,
+    open_source,
+    parquet_rows,
+)
+from solar_mega.errors import Problems, UserError
 
-_PARQUET_ROWS = 1024
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -73,6 +80,19 @@ def parse_spec(text: str, key: str, formats: Sequence[str]) -> DatasetSpec:
             raise UserError(f"{key}: {text!r}: cannot read {word!r}; {usage}")
         options[name] = _option(name, value, f"{key}: {text!r}")
     return DatasetSpec(words[0], words[1], **options)
+
+
+def parse_specs(
+    texts: Sequence[str], key: str, formats: Sequence[str], problems: Problems
+) -> list[DatasetSpec]:
+    """As `parse_spec` for several; what cannot be read joins `problems`."""
+    specs = []
+    for text in texts:
+        try:
+            specs.append(parse_spec(text, key, formats))
+        except UserError as error:
+            problems.add(str(error))
+    return specs
 
 
 def _option(name: str, value: str, place: str) -> Any:
@@ -172,14 +192,10 @@ def _checked(record: Any, path: Path, place: int, unit: Literal["line", "row"]) 
 
 def _from_parquet(source: Source) -> Iterator[Row | BadRecord]:
     import pyarrow
-    import pyarrow.parquet
 
     try:
-        file, place = pyarrow.parquet.ParquetFile(source.path), 0
-        for batch in file.iter_batches(_PARQUET_ROWS):
-            for record in batch.to_pylist():
-                yield Row(record, source.path, place, "row")
-                place += 1
+        for place, record in enumerate(parquet_rows(source.path)):
+            yield Row(record, source.path, place, "row")
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{source.path}: not a readable parquet file: {error}") from None
 

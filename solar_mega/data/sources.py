@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -195,6 +195,16 @@ def name_some(names: Any) -> str:
 
 def open_source(source: Source) -> Any:
     return unpack(source, open(source.path, "rb"))
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a .parquet file, a thousand in memory. Raises pyarrow.ArrowInvalid (a ValueError) and
+    OSError."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(1024):
+            yield from batch.to_pylist()
 
 
 def unpack(source: Source, raw: Any) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from solar_mega.data.sources import parquet_rows
 from solar_mega.errors import Problems, UserError
 from solar_mega.evaluate.tasks import TaskPlan
 
@@ -174,14 +175,7 @@ def records(path: Path) -> Iterator[tuple[int, Any]]:
     Raises UserError when the file cannot be read."""
     try:
         if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            row = 0
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(1024):
-                    for record in batch.to_pylist():
-                        row += 1
-                        yield row, record
+            yield from enumerate(parquet_rows(path), 1)
             return
         with open(path, encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):

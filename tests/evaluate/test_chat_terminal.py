@@ -47,9 +47,9 @@ class Terminal:
             self.pending += more
 
     def interrupt(self, text: str) -> str:
-        """Presses Ctrl-C until `text` is shown; what is shown up to and with it. One press may go unseen: Python's
-        readline looks for signals only after its wait for keys was cut short, and a signal that comes between
-        two waits cuts none short."""
+        """Presses Ctrl-C until `text` is shown; what is shown up to and with it. One press may go unseen:
+        Python's readline looks for signals only after a wait for keys was cut short, and a signal that comes
+        between two waits cuts none short."""
         limit = time.monotonic() + DEADLINE
         while text not in self.pending:
             assert time.monotonic() < limit, f"no {text!r} in {self.pending!r}"
