@@ -6,7 +6,9 @@ NCCL where there is CUDA, gloo through `runtime.cpu` where there is not. A progr
 a world of one.
 """
 
+import atexit
 import datetime
+import gc
 import os
 import socket
 import sys
@@ -55,13 +57,19 @@ def start(parallel: ParallelConfig, seed: int = 1234, threads: int | None = None
 
 
 def stop() -> None:
-    """Leave the groups in order. Safe to call when nothing was started; `start` may follow again."""
+    """Leave the groups in order. Safe to call when nothing was started; `start` may follow again.
+
+    A group goes, and its threads with it, when the last reference goes (`_let_go`).
+    """
     global _control
     if not dist.is_initialized():
         return
     if "megatron.core.parallel_state" in sys.modules:
         parallel_state, _ = _megatron()
         parallel_state.destroy_model_parallel()
+        for name, value in vars(parallel_state).items():  # it forgets some
+            if isinstance(value, dist.ProcessGroup):
+                setattr(parallel_state, name, None)
     _control = None
     dist.destroy_process_group()
 
@@ -205,6 +213,11 @@ def join_world() -> None:
     """The process group of all ranks, without Megatron's; `start` calls it. Does nothing when it exists."""
     if dist.is_initialized():
         return
+    # Imported later it would have the world as its functions' default argument, for ever.
+    import torch.distributed.nn.functional  # noqa: F401
+
+    atexit.unregister(_let_go)
+    atexit.register(_let_go)
     # megatron-core 0.16 calls collectives by names that torch 2.13 announces to rename; nothing for a user to
     # act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -225,6 +238,15 @@ def join_world() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     dist.init_process_group(backend, f"tcp://127.0.0.1:{port}", world_size=1, rank=0, timeout=timeout)
+
+
+def _let_go() -> None:
+    """Frees what models and optimizers, which refer to themselves, still hold of groups that were left.
+
+    gloo's threads let go of tensors, for which they need Python. One that is late for the interpreter's end
+    aborts the process ("terminate called without an active exception"), after all its work is done.
+    """
+    gc.collect()
 
 
 def _megatron():
