@@ -70,6 +70,8 @@ def draw(runs: Sequence[Run], path: Path, x: Axis = "tokens", smooth: int = 1) -
     Args:
         smooth: steps averaged in all but the validation loss.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     key, scale, label = _axis(runs, x)
     with figure(path, 2, 2, figsize=(11.5, 7.2), sharex=True) as (_, axes):
         (losses, norms), (rates, memory) = axes
@@ -93,6 +95,9 @@ def draw(runs: Sequence[Run], path: Path, x: Axis = "tokens", smooth: int = 1) -
             axis.set_title(title, fontsize=10)
             tidy(axis)
         norms.set_yscale("log")
+        norms.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        norms.yaxis.set_major_formatter("{x:g}")
+        norms.yaxis.set_minor_formatter(NullFormatter())
         for axis in (rates, memory):
             axis.set_ylim(bottom=0)
             axis.set_xlabel(label)
