@@ -134,9 +134,9 @@ def test_a_cancelled_job_leaves_a_checkpoint_and_does_not_come_back(slurm, input
 @pytest.mark.skipif("SOLAR_MEGA_SLURM_MINUTES" not in os.environ, reason="waits for SLURM's minutes; opt in")
 def test_the_time_limit_announces_itself(slurm, undisturbed, inputs, tmp_path):
     """SLURM's own signal ahead of the time limit. It counts minutes, looks twice a minute and sends up to a
-    minute early: after 50 to 80 of these 120 seconds. Long validations, which change no weight, make the run
-    last."""
-    slowly = "--train.eval_interval 1 --train.eval_samples 384"
+    minute early: after 50 to 110 of these 120 seconds. Long validations, which change no weight, make the run
+    last for twice as long on a fast machine."""
+    slowly = "--train.eval_interval 1 --train.eval_samples 1152"
     job = Job(slurm, inputs, tmp_path / "job", "--time=2", "--signal=USR1@10", more=slowly)
     slurm.until("the job is requeued", lambda: job.restarts() >= 1, seconds=150)
     left_at = job.steps()[-1]
