@@ -73,11 +73,12 @@ def measured(command: Sequence[str]) -> dict[str, Any]:
 
 def cold_start(inputs: Sequence[Path], nbytes: int) -> None:
     """Puts the machine into the state from which every contestant starts: `inputs` (directories) are on the
-    disk and in no cache, and free memory, as far as `nbytes` will need it, is at hand.
+    disk and in no cache, and free memory, as far as `nbytes` will need it, was touched just before.
 
     The second matters on virtual machines. A host takes back what its guest has freed, and gives it back page
-    fault by page fault: 1 s a GB was seen, twice what copying takes. Who starts after a large deletion would
-    pay for it and who starts with a full page cache would not.
+    fault by page fault, which can take longer than copying. Who starts after a large deletion would pay for
+    it and who starts with a full page cache would not. It is no cure for whoever takes the memory up slowly:
+    the host begins to take it back after some seconds.
     """
     for directory in inputs:
         for file in directory.rglob("*"):
@@ -86,6 +87,11 @@ def cold_start(inputs: Sequence[Path], nbytes: int) -> None:
     os.sync()
     # In a process that may be killed for it where a control group allows less than is free.
     subprocess.run([sys.executable, "-S", "-E", "-c", _TOUCHER, str(nbytes)], stderr=subprocess.DEVNULL)
+
+
+def tree_bytes(directory: Path) -> int:
+    """Bytes of all files below."""
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 def _evict(file: Path) -> None:

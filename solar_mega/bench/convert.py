@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from solar_mega.bench.checkpoint import generate
-from solar_mega.bench.commands import cold_start, measured
+from solar_mega.bench.commands import cold_start, measured, tree_bytes
 from solar_mega.errors import UserError
 from solar_mega.runtime.console import human_bytes, human_seconds, say, table
 from solar_mega.runtime.files import require_space
@@ -161,7 +161,7 @@ class _Bench:
         cold_start(inputs, self.generated + self.expected)
         figures = measured([str(word) for word in command])
         if output is not None:
-            figures["output_bytes"] = _tree_bytes(output)
+            figures["output_bytes"] = tree_bytes(output)
         all_s = [*self.results.get(name, {}).get("wall_s_all", []), figures["wall_s"]]
         figures |= {"wall_s": statistics.median(all_s), "wall_s_all": all_s}
         self.results[name] = {**figures, "load_average": round(os.getloadavg()[0], 2)}
@@ -274,10 +274,6 @@ def mergekit_recipe(source: Path, layer_map: Any) -> str:
             f"        layer_range: [{first}, {first + piece.length}]",
         ]
     return "\n".join([*lines, "merge_method: passthrough", "dtype: bfloat16", ""])
-
-
-def _tree_bytes(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 def _weights_hash(directory: Path) -> str | None:

@@ -21,7 +21,7 @@ from solar_mega.artifact.hf import HFDirectory, write_config
 from solar_mega.artifact.lineage import package_versions
 from solar_mega.artifact.safetensors_reader import as_bytes
 from solar_mega.artifact.safetensors_writer import ShardedWriter
-from solar_mega.bench.commands import cold_start, measured
+from solar_mega.bench.commands import cold_start, measured, tree_bytes
 from solar_mega.checkpoint.names import hf_shapes
 from solar_mega.errors import Problems
 from solar_mega.model.architecture import Architecture
@@ -192,7 +192,7 @@ def _recipe(method: str, pair: list[Path]) -> str:
 
 def _measure(contestant: str, method: str, command: list[str], pair: list[Path], out: Path) -> dict[str, Any]:
     """One row of the results. Raises UserError when the command fails."""
-    cold_start(pair, 3 * _tree_bytes(pair[0]))
+    cold_start(pair, 3 * tree_bytes(pair[0]))
     figures = measured(command)
     shutil.rmtree(out)
     return {
@@ -202,10 +202,6 @@ def _measure(contestant: str, method: str, command: list[str], pair: list[Path],
         "cpu_seconds": figures["cpu_s"],
         "peak_resident_bytes": figures["resident_bytes"],
     }
-
-
-def _tree_bytes(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 def _report(
