@@ -52,6 +52,8 @@ STABLE_TORCH_LIBRARY(solar_mega, m) {
       "Tensor? reference_token_logps=None, str variant=\"sigmoid\", float beta=0.1, float label_smoothing=0.0, "
       "float rpo_alpha=0.0, bool rpo_per_sequence=False) -> (Tensor loss, Tensor nll, Tensor per_pair, Tensor sums, "
       "Tensor counts, Tensor coefficients)");
+  m.def("weighted_sum_out(Tensor[] inputs, float[] weights, Tensor? base, Tensor(a!) out) -> bool");
+  m.def("dot_products(Tensor a, Tensor b, Tensor? base=None) -> Tensor");
 }
 
 namespace {

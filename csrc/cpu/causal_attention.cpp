@@ -69,13 +69,6 @@ void run(Stage stage, const Attention<T>& a, int64_t count, T* dk = nullptr, T* 
   });
 }
 
-template <typename F>
-void for_each_dtype(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Float) return f(float{});
-  if (dtype == ScalarType::BFloat16) return f(BFloat16{});
-  f(Float16{});
-}
-
 template <typename T>
 Attention<T> arguments(const AttentionShape& shape, const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
   Attention<T> a{};

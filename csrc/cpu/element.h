@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
@@ -38,6 +39,14 @@ SOLAR_MEGA_INLINE BFloat16 from_float<BFloat16>(float v) {
 template <>
 SOLAR_MEGA_INLINE Float16 from_float<Float16>(float v) {
   return {c10::detail::fp16_ieee_from_fp32_value(v)};
+}
+
+// Calls f with a zero of the storage type; `check_float_dtype` has been there.
+template <typename F>
+void for_each_dtype(torch::headeronly::ScalarType dtype, const F& f) {
+  if (dtype == torch::headeronly::ScalarType::Float) return f(float{});
+  if (dtype == torch::headeronly::ScalarType::BFloat16) return f(BFloat16{});
+  f(Float16{});
 }
 
 } // namespace solar_mega

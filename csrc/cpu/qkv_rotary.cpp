@@ -71,13 +71,6 @@ SOLAR_MEGA_INLINE void join_token_body(
 SOLAR_MEGA_ISA_VARIANTS(split_token)
 SOLAR_MEGA_ISA_VARIANTS(join_token)
 
-template <typename F>
-void for_each_dtype(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Float) return f(float{});
-  if (dtype == ScalarType::BFloat16) return f(BFloat16{});
-  f(Float16{});
-}
-
 const int64_t* checked_positions(const char* op, const QkvShape& shape, const std::optional<Tensor>& positions) {
   if (!positions.has_value()) return nullptr;
   const int64_t* p = static_cast<const int64_t*>(positions->data_ptr());

@@ -89,13 +89,6 @@ SOLAR_MEGA_ISA_VARIANTS(forward_row)
 SOLAR_MEGA_ISA_VARIANTS(backward_row)
 SOLAR_MEGA_ISA_VARIANTS(sum_chunks)
 
-template <typename F>
-void for_each_dtype(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Float) return f(float{});
-  if (dtype == ScalarType::BFloat16) return f(BFloat16{});
-  f(Float16{});
-}
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // `residual` and `sum` are both given or both null.

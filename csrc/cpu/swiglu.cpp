@@ -38,13 +38,6 @@ SOLAR_MEGA_INLINE void backward_row_body(const T* dy, const T* x, T* dx, int64_t
 SOLAR_MEGA_ISA_VARIANTS(forward_row)
 SOLAR_MEGA_ISA_VARIANTS(backward_row)
 
-template <typename F>
-void for_each_dtype(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Float) return f(float{});
-  if (dtype == ScalarType::BFloat16) return f(BFloat16{});
-  f(Float16{});
-}
-
 int64_t grain(int64_t width) { return (kGrain + width - 1) / width; }
 
 Tensor swiglu(const Tensor& x) {

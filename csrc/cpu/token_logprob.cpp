@@ -74,13 +74,6 @@ SOLAR_MEGA_ISA_VARIANTS(block_sum)
 SOLAR_MEGA_ISA_VARIANTS(block_sums)
 SOLAR_MEGA_ISA_VARIANTS(gradient_row)
 
-template <typename F>
-void for_each_dtype(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Float) return f(float{});
-  if (dtype == ScalarType::BFloat16) return f(BFloat16{});
-  f(Float16{});
-}
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Targets {

@@ -1,16 +1,12 @@
-"""The merge methods, one tensor at a time, over streams of fp32 chunks.
+"""The merge methods, one tensor at a time, chunk by chunk (`merge.chunks`). All arithmetic is fp32 or wider.
 
-Each takes a `Stream` of the tensor's inputs, which it may go through several times, and yields the merged
-chunks in order. Chunks always have the same boundaries, so sums and random draws depend neither on threads
-nor on how files are cut.
-
-    linear           y = sum_i w_i x_i                               normalize: / sum_i w_i
-    slerp            y = sin((1-t) theta)/sin(theta) a + sin(t theta)/sin(theta) b,  cos(theta) = a.b/|a||b|
-    delta_slerp      y = base + slerp(a - base, b - base)
-    task_arithmetic  y = base + lambda sum_i w_i d_i,  d_i = x_i - base                arXiv 2212.04089
-    ties             d_i trimmed to its largest |entries|, one sign elected per element   arXiv 2306.01708
-    dare_linear      d_i with entries dropped at random, the rest divided by the density  arXiv 2311.03099
-    dare_ties        the same, with TIES's election of signs
+linear           y = sum_i w_i x_i                               normalize: / sum_i w_i
+slerp            y = sin((1-t) theta)/sin(theta) a + sin(t theta)/sin(theta) b,  cos(theta) = a.b/|a||b|
+delta_slerp      y = base + slerp(a - base, b - base)
+task_arithmetic  y = base + lambda sum_i w_i d_i,  d_i = x_i - base                arXiv 2212.04089
+ties             d_i trimmed to its largest |entries|, one sign elected per element   arXiv 2306.01708
+dare_linear      d_i with entries dropped at random, the rest divided by the density  arXiv 2311.03099
+dare_ties        the same, with TIES's election of signs
 """
 
 import hashlib
@@ -21,43 +17,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from solar_mega.artifact.safetensors_format import DTYPES, torch_dtype
-from solar_mega.merge.plan import Job, Origin
-
-CHUNK = 1 << 17
-"""Elements per chunk: the buffers of two inputs and their bf16 bytes, 1.5 MB, stay in a core's cache."""
+from solar_mega.merge.chunks import Stored, Stream
+from solar_mega.merge.plan import Job
+from solar_mega.ops.dot_products import dot_products
 
 LERP_ABOVE = 0.9995
 """mergekit's threshold: where |cos(theta)| is larger, slerp interpolates linearly."""
-
-
-class Stream:
-    """The inputs of one job as fp32 chunks. Buffers are reused: a chunk is valid until the next one is asked
-    for, and may be written to."""
-
-    def __init__(self, origins: Sequence[Origin], stopped: Callable[[], bool] = lambda: False) -> None:
-        self.origins, self.stopped = origins, stopped
-        self.elements = origins[0].info.elements
-        size = min(CHUNK, self.elements)
-        self._values = [torch.empty(size, dtype=torch.float32) for _ in origins]
-        self._raw = [
-            value if origin.info.dtype == "F32" else torch.empty(size, dtype=torch_dtype(origin.info.dtype))
-            for origin, value in zip(origins, self._values, strict=True)
-        ]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """Raises UserError when a file ends early, InterruptedError when the merge was stopped."""
-        for start in range(0, self.elements, CHUNK):
-            if self.stopped():
-                raise InterruptedError("the merge was stopped")
-            count = min(CHUNK, self.elements - start)
-            yield tuple(self._read(i, start, count) for i in range(len(self.origins)))
-
-    def _read(self, i: int, start: int, count: int) -> Tensor:
-        origin, raw, value = self.origins[i], self._raw[i][:count], self._values[i][:count]
-        width = DTYPES[origin.info.dtype][0] // 8
-        origin.reader.read_bytes(origin.info.name, start * width, memoryview(raw.view(torch.uint8).numpy()))
-        return value if raw is value else value.copy_(raw)
 
 
 @dataclass
@@ -83,51 +48,47 @@ class Findings:
     angles: list[Angle] = field(default_factory=list)
 
 
-def merge_tensor(method: str, job: Job, stream: Stream, seed: int, found: Findings) -> Iterator[Tensor]:
-    """The merged tensor in fp32 chunks of CHUNK elements. A chunk is valid until the next one."""
+def merge_tensor(method: str, stream: Stream, seed: int, found: Findings) -> Iterator[Tensor]:
+    """The merged tensor in the dtype on disk, in chunks of CHUNK elements. A chunk is valid until the next
+    one."""
+    job, stored = stream.job, Stored(stream.job)
     if method == "linear":
-        return _linear(job, stream)
+        return _weighted(stream, stored, _per(_total(job), job.weights))
+    if method == "task_arithmetic":
+        weights = _per(_total(job), job.weights)
+        return _weighted(stream, stored, [job.shared["lambda"] * weight for weight in weights])
     if method in ("slerp", "delta_slerp"):
-        return _slerp(job, stream, found)
-    return _task(method, job, stream, seed)
+        angle = _angle(stream)
+        found.angles.append(angle)
+        return _weighted(stream, stored, slerp_coefficients(angle.theta, angle.t, angle.lerp))
+    return map(stored.cast, _sparse(method, stream, seed))
 
 
-def _linear(job: Job, stream: Stream) -> Iterator[Tensor]:
+def _total(job: Job) -> float:
+    """What the weighted sum is divided by."""
     total = sum(job.weights) if job.shared["normalize"] else 1.0
-    weights = [weight / total for weight in job.weights]
-    for first, *others in stream:
-        first.mul_(weights[0])
-        for other, weight in zip(others, weights[1:], strict=True):
-            first.add_(other, alpha=weight)
-        yield first
+    return total if abs(total) >= 1e-8 else 1.0
 
 
-def _slerp(job: Job, stream: Stream, found: Findings) -> Iterator[Tensor]:
-    angle = _angle(job, stream)
-    found.angles.append(angle)
-    left, right = slerp_coefficients(angle.theta, angle.t, angle.lerp)
-    for a, b, *base in stream:
-        if base:
-            a.sub_(base[0])
-            b.sub_(base[0])
-        a.mul_(left).add_(b, alpha=right)
-        yield a.add_(base[0]) if base else a
+def _per(total: float, weights: Sequence[float]) -> list[float]:
+    return [weight / total for weight in weights]
 
 
-def _angle(job: Job, stream: Stream) -> Angle:
+def _weighted(stream: Stream, stored: Stored, weights: Sequence[float]) -> Iterator[Tensor]:
+    for inputs, base in stream.stored():
+        yield stored.sum(inputs, weights, base)
+
+
+def _angle(stream: Stream) -> Angle:
     aa = bb = ab = 0.0
-    for a, b, *base in stream:
-        if base:
-            a.sub_(base[0])
-            b.sub_(base[0])
-        aa += torch.dot(a, a).item()
-        bb += torch.dot(b, b).item()
-        ab += torch.dot(a, b).item()
+    for inputs, base in stream.stored():
+        products = dot_products(*inputs, base).tolist()
+        aa, bb, ab = aa + products[0], bb + products[1], ab + products[2]
     length = math.sqrt(aa) * math.sqrt(bb)
     cosine = ab / length if length else 0.0
     # NaN weights count as parallel: they pass through, and are refused where they are stored.
     apart = length and abs(cosine) <= LERP_ABOVE
-    return Angle(job.name, cosine, job.shared["t"], not apart)
+    return Angle(stream.job.name, cosine, stream.job.shared["t"], not apart)
 
 
 def slerp_coefficients(theta: float, t: float, lerp: bool) -> tuple[float, float]:
@@ -137,26 +98,23 @@ def slerp_coefficients(theta: float, t: float, lerp: bool) -> tuple[float, float
     return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
 
 
-def _task(method: str, job: Job, stream: Stream, seed: int) -> Iterator[Tensor]:
-    thin: Callable[[int, int, Tensor], Tensor] = lambda i, chunk, delta: delta  # noqa: E731
-    if method == "ties":
-        thin = _Trim(job, stream)
-    elif method.startswith("dare"):
-        thin = _Drop(job, seed)
+def _sparse(method: str, stream: Stream, seed: int) -> Iterator[Tensor]:
+    """TIES and DARE: differences thinned out, then summed; fp32."""
+    job = stream.job
+    thin: Callable[[int, int, Tensor], Tensor] = _Trim(stream) if method == "ties" else _Drop(job, seed)
     elect = method.endswith("ties")
     scale, normalize = job.shared["lambda"], bool(job.shared["normalize"])
     for number, (*inputs, base) in enumerate(stream):
         deltas = [thin(i, number, x.sub_(base)).mul_(job.weights[i]) for i, x in enumerate(inputs)]
-        mixed = _elected(deltas, job.weights, normalize) if elect else _summed(deltas, job.weights, normalize)
+        mixed = _elected(deltas, job.weights, normalize) if elect else _summed(deltas, _total(job))
         yield base.add_(mixed, alpha=scale)
 
 
-def _summed(deltas: list[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
+def _summed(deltas: list[Tensor], total: float) -> Tensor:
     mixed = deltas[0]
     for delta in deltas[1:]:
         mixed.add_(delta)
-    total = sum(weights)
-    return mixed.div_(total) if normalize and abs(total) >= 1e-8 else mixed
+    return mixed.div_(total)
 
 
 def _elected(deltas: list[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
@@ -202,7 +160,8 @@ class _Trim:
 
     _HALF = 1 << 16
 
-    def __init__(self, job: Job, stream: Stream) -> None:
+    def __init__(self, stream: Stream) -> None:
+        job = stream.job
         self.densities = job.densities
         self.keep = [max(1, int(d * stream.elements)) if d > 0 else 0 for d in job.densities]
         self.threshold = [0] * len(job.inputs)

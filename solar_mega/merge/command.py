@@ -2,12 +2,14 @@
 
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from solar_mega.config.command_line import RunOptions, parse_options, parse_run
 from solar_mega.config.units import parse_bytes
+from solar_mega.merge.parents import Parents
 from solar_mega.merge.recipe import MergeConfig, Recipe, recipe_of
 from solar_mega.runtime.console import Progress, human_bytes, human_count, human_seconds, say
 
@@ -58,18 +60,19 @@ def merge(argv: Sequence[str]) -> int:
         options, settings = parse_run(MergeOptions, MergeConfig, argv, "merge")
         recipe = recipe_of(settings)
     shard_bytes = parse_bytes(settings.shard_size, "--shard-size")
-    from solar_mega.merge.plan import plan_merge
-    from solar_mega.merge.run import check_place
-    from solar_mega.merge.run import merge as run_merge
+    with nullcontext() if options.dry_run else Parents(recipe.models) as parents:
+        from solar_mega.merge.plan import plan_merge
+        from solar_mega.merge.run import check_place
+        from solar_mega.merge.run import merge as run_merge
 
-    plan = plan_merge(recipe)
-    say(_describe(plan))
-    for text in plan.warnings:
-        say(f"warning: {text}")
-    check_place(plan, settings.out)
-    if options.dry_run:
-        return 0
-    report = run_merge(plan, settings.out, shard_bytes, settings.threads, Progress)
+        plan = plan_merge(recipe)
+        say(_describe(plan))
+        for text in plan.warnings:
+            say(f"warning: {text}")
+        check_place(plan, settings.out)
+        if options.dry_run:
+            return 0
+        report = run_merge(plan, settings.out, shard_bytes, settings.threads, Progress, parents)
     if report.findings.angles:
         say(_angles(report.findings.angles))
     say(

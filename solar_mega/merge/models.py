@@ -1,24 +1,13 @@
-"""What is merged: Hugging Face directories, and Megatron checkpoints seen as ones.
+"""What is merged: Hugging Face directories; Megatron checkpoints, seen as ones, are in `merge.megatron`."""
 
-A checkpoint's parameters are put together from their shards one at a time and unpacked into the tensors of
-its Hugging Face export, so that all methods, filters and angles mean the same for both.
-"""
-
-import threading
+import mmap
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
-
 from solar_mega.artifact.hf import HFDirectory
-from solar_mega.artifact.safetensors_format import DTYPES, TensorInfo, tensor_bytes
-from solar_mega.artifact.safetensors_reader import SafetensorsReader, as_bytes
-from solar_mega.checkpoint.items import CheckpointTensors
-from solar_mega.checkpoint.source import Source, open_source
-from solar_mega.checkpoint.views import MegatronView
+from solar_mega.artifact.lineage import Parent
+from solar_mega.artifact.safetensors_reader import SafetensorsReader
 from solar_mega.errors import UserError
-from solar_mega.model.architecture import Architecture
-from solar_mega.runtime.files import read_into
 
 
 def open_model(path: Path) -> "Model":
@@ -27,8 +16,9 @@ def open_model(path: Path) -> "Model":
     Raises UserError for anything else.
     """
     if path.is_dir() and not (path / "config.json").exists():
-        source = open_source(path, "--models")
-        return MegatronModel(path, source)
+        from solar_mega.merge.megatron import open_megatron
+
+        return open_megatron(path)
     return Model(path)
 
 
@@ -43,95 +33,28 @@ class Model(HFDirectory):
     def tokenizer_directory(self) -> Path:
         return self.path
 
+    def parent(self, content_hash: str | None) -> Parent:
+        """As it stands in a lineage. `content_hash` is that of its directory, if one was computed."""
+        return Parent.of(self.path, content_hash)
+
 
 class FileTensors(SafetensorsReader):
     def open(self, name: str) -> None:
         """Opens the file of `name`, which is not made for races."""
         self.descriptor(name)
 
-    def read_bytes(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fills `buffer` with the tensor's bytes from `start` on. Raises UserError when the file ends
-        early."""
+    def window(self, name: str, start: int, nbytes: int) -> memoryview:
+        """Bytes [start, start + nbytes) of the tensor, where the page cache has them: nothing is copied. To
+        be read only; valid as long as it is held. Raises UserError when the file ends early."""
         info = self.info(name)
+        first = info.offset + start
+        before = first % mmap.ALLOCATIONGRANULARITY
         try:
-            read_into(self.descriptor(name), buffer, info.offset + start)
-        except EOFError as error:
+            # Copied where written to, which nobody does: torch warns of memory that must not be written to.
+            pages = mmap.mmap(
+                self.descriptor(name), before + nbytes, offset=first - before, access=mmap.ACCESS_COPY
+            )
+        except ValueError as error:
             place = self.directory / info.file
             raise UserError(f"{place} was cut while it was read ({name}): {error}") from error
-
-
-class MegatronModel(Model):
-    """A Megatron checkpoint as merging sees a model. Its weights count, not its optimizer states."""
-
-    def __init__(self, path: Path, source: Source) -> None:
-        self.path = path
-        self.checkpoint = source.path
-        self.config = {key: value for key, value in source.config.items() if key != "torch_dtype"}
-        self._home = source.side_files
-
-    @property
-    def tokenizer_directory(self) -> Path:
-        return self._home
-
-    @cached_property
-    def tensors(self) -> "MegatronTensors":  # type: ignore[override]
-        tensors = MegatronTensors(self.path, self.checkpoint, Architecture.from_hf(self.config))
-        dtypes = {info.dtype for info in tensors.infos.values()}
-        if len(dtypes) == 1:
-            self.config["dtype"] = DTYPES[dtypes.pop()][1]
-        return tensors
-
-    def check_weights(self) -> None:
-        self.tensors.view.check()
-
-    def copy_side_files(self, target: Path) -> None:
-        if (self._home / "config.json").is_file():
-            HFDirectory(self._home).copy_side_files(target)
-
-
-class MegatronTensors:
-    """The weights by Hugging Face name, with the face of `FileTensors`.
-
-    Threads may read at the same time; each keeps the parameter that it read last, as tensors of one parameter
-    mostly follow each other. Memory: two copies of the largest parameter per thread.
-    """
-
-    def __init__(self, directory: Path, checkpoint: Path, arch: Architecture) -> None:
-        self.directory = directory
-        self._stored = CheckpointTensors(checkpoint)
-        self.view = MegatronView(self._stored, arch)
-        self.view.check()
-        self.infos: dict[str, TensorInfo] = {}
-        place = 0
-        for name in self.view.shapes:
-            _, dtype, shape = self.view.info(name)
-            nbytes = tensor_bytes(dtype, shape)
-            self.infos[name] = TensorInfo(name, dtype, shape, "", place, nbytes)
-            place += nbytes
-        self._of_thread = threading.local()
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(info.nbytes for info in self.infos.values())
-
-    def open(self, name: str) -> None:
-        """Opens the files of `name`."""
-        for piece in self._stored.tensors[self.view.key(name)].pieces:
-            self._stored.descriptor(piece.place.file)
-
-    def read_bytes(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fills `buffer` with the tensor's bytes from `start` on."""
-        buffer[:] = self._bytes(name)[start : start + len(buffer)]
-
-    def _bytes(self, name: str) -> memoryview:
-        if getattr(self._of_thread, "name", None) != name:
-            view: MegatronView = self._of_thread.__dict__.setdefault(
-                "view", MegatronView(self._stored, self.view.arch)
-            )
-            tensor: Tensor = view.read(name).contiguous()
-            self._of_thread.name, self._of_thread.bytes = name, as_bytes(tensor)
-        return self._of_thread.bytes
-
-    def close(self) -> None:
-        self._of_thread = threading.local()
-        self._stored.close()
+        return memoryview(pages)[before:]

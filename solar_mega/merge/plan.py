@@ -4,16 +4,19 @@ byte is read."""
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from solar_mega.artifact.cast import CASTABLE
 from solar_mega.artifact.hf import grown_config, layer_name, split_layer
 from solar_mega.artifact.safetensors_format import DTYPES, TensorInfo, tensor_bytes
 from solar_mega.depth.layer_map import LayerMap
 from solar_mega.errors import Problems, UserError
-from solar_mega.merge.models import FileTensors, MegatronTensors, Model, open_model
+from solar_mega.merge.models import FileTensors, Model, open_model
 from solar_mega.merge.recipe import DEFAULTS, NEEDS_BASE, Part, Recipe, Slice, required_parameter
 from solar_mega.merge.vocabulary import vocabulary_of
+
+if TYPE_CHECKING:
+    from solar_mega.merge.megatron import MegatronTensors
 
 _SHAPING = (
     "architectures",
@@ -48,7 +51,7 @@ _SHOWN = 6  # tensors named in one complaint
 class Origin:
     """A source tensor."""
 
-    reader: FileTensors | MegatronTensors
+    reader: "FileTensors | MegatronTensors"
     info: TensorInfo
 
 

@@ -1,16 +1,15 @@
 """The merge itself: tensors in parallel on a few threads, each streamed chunk by chunk from the models to its
 place in the result.
 
-Memory does not grow with the model: a thread holds one chunk per input. Parents are hashed beside the work,
-paced so that the hash and the merge read the same part of the files at about the same time, and the disk
-delivers it once.
+Memory does not grow with the model: a thread holds one chunk per input. Parents are hashed
+beside the work (`merge.parents`).
 """
 
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,22 +20,19 @@ import torch
 
 from solar_mega.artifact.card import merge_card
 from solar_mega.artifact.hf import write_config
-from solar_mega.artifact.lineage import Parent, directory_hash, write_lineage
+from solar_mega.artifact.lineage import Parent, write_lineage
 from solar_mega.artifact.progress import Advances, ProgressFactory, silent
-from solar_mega.artifact.safetensors_format import torch_dtype
 from solar_mega.artifact.safetensors_reader import as_bytes
 from solar_mega.artifact.safetensors_writer import SHARD_BYTES, ShardedWriter
-from solar_mega.checkpoint.to_hf import parent_of
 from solar_mega.errors import UserError
-from solar_mega.merge.arithmetic import CHUNK, Findings, Stream, merge_tensor
-from solar_mega.merge.models import MegatronModel
+from solar_mega.merge.arithmetic import Findings, merge_tensor
+from solar_mega.merge.chunks import Stream
+from solar_mega.merge.parents import Parents
 from solar_mega.merge.plan import Job, MergePlan
 from solar_mega.runtime.files import atomic_directory, require_empty, require_space
 
 REPORT = "merge_report.json"
 _SPARE = 16 << 20  # bytes beside the weights: headers, index, tokenizer, reports
-_AHEAD = 1 << 30  # bytes by which hashing a parent may run ahead of merging it
-_HASH_CHUNK = 4 << 20  # what directory_hash reads between two questions whether to stop
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,7 @@ def merge(
     shard_bytes: int = SHARD_BYTES,
     threads: int | None = None,
     progress: ProgressFactory = silent,
+    parents: Parents | None = None,
 ) -> MergeReport:
     """Writes the merged model as the directory `out`: weights, config, tokenizer and side files of the
     reference, lineage.json naming every parent, a model card, and for SLERP `merge_report.json` with the
@@ -64,6 +61,7 @@ def merge(
 
     Args:
         threads: CPU threads; None: all cores of this process.
+        parents: of the same models, where hashing them began before.
 
     Raises:
         UserError: `out` not empty or inside a model, too little space, a full disk, NaN or infinite weights.
@@ -72,9 +70,10 @@ def merge(
     out = Path(out).absolute()
     check_place(plan, out)
     findings = Findings()
-    with _Parents(plan) as parents, atomic_directory(out) as partial:
-        _write_weights(plan, partial, shard_bytes, threads or _cores(), progress, findings, parents)
-        _write_surroundings(plan, partial, out.name, findings, parents.done())
+    with parents or Parents(plan.recipe.models) as known, atomic_directory(out) as partial:
+        known.follow(plan)
+        _write_weights(plan, partial, shard_bytes, threads or _cores(), progress, findings, known)
+        _write_surroundings(plan, partial, out.name, findings, known.done(plan))
     return MergeReport(
         out, len(plan.jobs), plan.parameters, plan.nbytes, time.monotonic() - started, findings
     )
@@ -100,7 +99,7 @@ def _write_weights(
     threads: int,
     progress: ProgressFactory,
     findings: Findings,
-    parents: "_Parents",
+    parents: Parents,
 ) -> None:
     stop = threading.Event()
     for job in plan.jobs:  # opened here: readers open files on demand, and are not made for races
@@ -114,10 +113,10 @@ def _write_weights(
         writer.plan([(job.name, job.dtype, job.shape) for job in plan.jobs])
 
         def work(job: Job) -> None:
-            stream = Stream(job.origins, stop.is_set)
-            chunks = merge_tensor(plan.recipe.method, job, stream, plan.recipe.seed, findings)
-            writer.write_chunks(job.name, _stored(job, chunks, line))
-            parents.merged(sum(origin.info.nbytes for origin in job.origins))
+            with parents.merging(sum(origin.info.nbytes for origin in job.origins)):
+                stream = Stream(job, stop.is_set)
+                chunks = merge_tensor(plan.recipe.method, stream, plan.recipe.seed, findings)
+                writer.write_chunks(job.name, _bytes(chunks, line))
 
         pool = ThreadPoolExecutor(threads, thread_name_prefix="merge")
         try:
@@ -134,33 +133,11 @@ def _wait(futures: list[Future[None]]) -> None:
         future.result()
 
 
-def _stored(job: Job, chunks: Iterator[torch.Tensor], line: Advances) -> Iterator[memoryview]:
-    """Chunks cast once to the dtype on disk. Raises UserError for values that are not finite, or would not be
-    in that dtype."""
-    dtype = torch_dtype(job.dtype)
-    done = 0
+def _bytes(chunks: Iterator[torch.Tensor], line: Advances) -> Iterator[memoryview]:
     for chunk in chunks:
-        stored = chunk.to(dtype)
-        # A sum is as good as looking at every element, and needs no mask: NaN and infinity survive it.
-        if not torch.isfinite(chunk.sum() if job.dtype != "F16" else stored.float().sum()):
-            _refuse_values(job, done, chunk, stored)
-        data = as_bytes(stored)
+        data = as_bytes(chunk)
         yield data
         line.advance(len(data))
-        done += CHUNK
-
-
-def _refuse_values(job: Job, start: int, chunk: torch.Tensor, stored: torch.Tensor) -> None:
-    bad = ~torch.isfinite(stored)
-    if not bad.any():
-        return  # many large values: only their sum is beyond fp32
-    element = start + int(bad.nonzero()[0])
-    if torch.isfinite(chunk[bad]).all():
-        raise UserError(
-            f"{job.name}: merged values up to {chunk.abs().max():g}, more than {job.dtype} holds; use --dtype"
-        )
-    sources = ", ".join(str(origin.reader.directory) for origin in job.origins)
-    raise UserError(f"{job.name}: element {element} is not finite after merging; look for NaN in {sources}")
 
 
 @contextmanager
@@ -172,62 +149,6 @@ def _one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class _Parents:
-    """Content hashes of all models, computed beside the merge; checkpoints are known by their run state."""
-
-    def __init__(self, plan: MergePlan) -> None:
-        self.paths = list(plan.models)
-        self.checkpoints = {
-            path: model.checkpoint for path, model in plan.models.items() if isinstance(model, MegatronModel)
-        }
-        self.stop = threading.Event()
-        total = sum(origin.info.nbytes for job in plan.jobs for origin in job.origins)
-        on_disk = sum(model.tensors.total_bytes for model in plan.models.values())
-        self.share = on_disk / max(1, total) / len(self.paths)
-        self.read = 0.0
-        self.lock = threading.Lock()
-
-    def __enter__(self) -> "_Parents":
-        self.pool = ThreadPoolExecutor(len(self.paths), thread_name_prefix="hash")
-        self.hashes = {
-            path: self.pool.submit(directory_hash, path, self._pace())
-            for path in self.paths
-            if path not in self.checkpoints
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.pool.shutdown()
-
-    def merged(self, nbytes: int) -> None:
-        """`nbytes` of the inputs, over all models, have been merged."""
-        with self.lock:
-            self.read += nbytes * self.share
-
-    def _pace(self) -> Callable[[], bool]:
-        hashed = 0
-
-        def stopped() -> bool:
-            nonlocal hashed
-            hashed += _HASH_CHUNK
-            while hashed > self.read + _AHEAD and not self.stop.is_set():
-                time.sleep(0.01)
-            return self.stop.is_set()
-
-        return stopped
-
-    def done(self) -> list[Parent]:
-        """All parents; the merge is over, so nothing has to wait for it any more."""
-        self.read = float("inf")
-        return [
-            parent_of(self.checkpoints[path])
-            if path in self.checkpoints
-            else Parent.of(path, self.hashes[path].result())
-            for path in self.paths
-        ]
 
 
 def _write_surroundings(

@@ -13,7 +13,9 @@ import os
 import re
 import shutil
 import socket
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,6 +76,38 @@ def sha256(file: Path) -> str:
         while count := stream.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+class ReadAhead:
+    """Reads files from begin to end on a thread of its own, a few pieces ahead, so that who works on a piece
+    does not also wait for the disk."""
+
+    def __init__(self, piece_bytes: int, pieces: int = 8) -> None:
+        """Memory: `pieces` of `piece_bytes`."""
+        self._buffers = [memoryview(bytearray(piece_bytes)) for _ in range(pieces)]
+
+    def __enter__(self) -> "ReadAhead":
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def read(self, path: Path) -> Iterator[memoryview]:
+        """The file's content in pieces; each is valid until the next one is asked for."""
+        with open(path, "rb", buffering=0) as stream:
+            coming = deque((buffer, self._pool.submit(stream.readinto, buffer)) for buffer in self._buffers)
+            try:
+                while coming:
+                    buffer, filled = coming.popleft()
+                    count = filled.result()
+                    if not count:
+                        break
+                    yield buffer[:count]
+                    coming.append((buffer, self._pool.submit(stream.readinto, buffer)))
+            finally:
+                for _, future in coming:
+                    future.cancel() or future.exception()
 
 
 def require_empty(path: Path, flag: str) -> None:
