@@ -11,6 +11,9 @@ from typing import Any
 
 from solar_mega.errors import UserError
 
+# Times what a contestant needs. Not simply all: there are machines whose memory takes minutes to fill.
+_FILLED = 4
+
 # Runs a command and writes down what the kernel counted for it and its children. A small process of its own:
 # a child's largest memory is never less than that of the process it was forked from.
 _COUNTER = """
@@ -38,17 +41,6 @@ json.dump(
 sys.exit(os.waitstatus_to_exitcode(status))
 """
 
-# Touches free memory, and gives it back by ending.
-_TOUCHER = """
-import mmap, sys
-
-known = dict(line.split(":") for line in open("/proc/meminfo"))
-free = int(known["MemFree"].split()[0]) * 1024 * 9 // 10
-size = min(free, int(sys.argv[1])) // mmap.PAGESIZE * mmap.PAGESIZE
-if size:
-    mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
-"""
-
 
 def measured(command: Sequence[str]) -> dict[str, Any]:
     """Runs a command to its end and returns what it took:
@@ -71,22 +63,31 @@ def measured(command: Sequence[str]) -> dict[str, Any]:
         return json.loads(figures.read_text())
 
 
-def cold_start(inputs: Sequence[Path], nbytes: int) -> None:
+def cold_start(inputs: Sequence[Path], nbytes: int, work: Path) -> None:
     """Puts the machine into the state from which every contestant starts: `inputs` (directories) are on the
-    disk and in no cache, and free memory, as far as `nbytes` will need it, was touched just before.
+    disk and in no cache, and memory for `nbytes`, all that the contestant reads and writes, is at hand.
 
     The second matters on virtual machines. A host takes back what its guest has freed, and gives it back page
     fault by page fault, which can take longer than copying. Who starts after a large deletion would pay for
-    it and who starts with a full page cache would not. It is no cure for whoever takes the memory up slowly:
-    the host begins to take it back after some seconds.
+    it and who starts with a full page cache would not. So the cache is filled with the pages of a sparse
+    file, left in `work`, until no memory is free; a contestant then takes over pages that are there.
     """
     for directory in inputs:
         for file in directory.rglob("*"):
             if file.is_file():
                 _evict(file)
     os.sync()
-    # In a process that may be killed for it where a control group allows less than is free.
-    subprocess.run([sys.executable, "-S", "-E", "-c", _TOUCHER, str(nbytes)], stderr=subprocess.DEVNULL)
+    filler = work / "filler"
+    with open(filler, "a+b", buffering=0) as stream:
+        stream.truncate(min(_memory_bytes(), _FILLED * nbytes))
+        stream.seek(0)
+        buffer = bytearray(4 << 20)
+        while stream.readinto(buffer):
+            pass
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def tree_bytes(directory: Path) -> int:

@@ -158,7 +158,7 @@ class _Bench:
     def _measure(
         self, name: str, command: Sequence[Any], inputs: Sequence[Path], output: Path | None = None
     ) -> None:
-        cold_start(inputs, self.generated + self.expected)
+        cold_start(inputs, self.generated + 2 * self.expected, self.o.work)
         figures = measured([str(word) for word in command])
         if output is not None:
             figures["output_bytes"] = tree_bytes(output)

@@ -192,7 +192,7 @@ def _recipe(method: str, pair: list[Path]) -> str:
 
 def _measure(contestant: str, method: str, command: list[str], pair: list[Path], out: Path) -> dict[str, Any]:
     """One row of the results. Raises UserError when the command fails."""
-    cold_start(pair, 3 * tree_bytes(pair[0]))
+    cold_start(pair, 3 * tree_bytes(pair[0]), out.parent)
     figures = measured(command)
     shutil.rmtree(out)
     return {

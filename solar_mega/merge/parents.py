@@ -23,10 +23,9 @@ _PATIENCE = 0.005  # seconds between two looks
 class Parents:
     """The parents of a merge.
 
-    Merging follows hashing, and hashing waits for it, at most 1 GB of each model ahead: the disk delivers
+    Merging follows hashing, and hashing waits for it, at most 2 GB of each model ahead: the disk delivers
     every part once, however small memory is, and neither ends long after the other. Hashing goes first
-    because it reads in the order of the disk.
-    Megatron checkpoints are known by their run state and not hashed.
+    because it reads in the order of the disk. Megatron checkpoints, known by their run state, are not hashed.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:

@@ -26,11 +26,14 @@ def test_a_cold_start_drops_the_inputs_from_the_page_cache_and_keeps_them(tmp_pa
     file.write_bytes(content)
     os.sync()
     assert _cached(file) == 1
-    cold_start([tmp_path], 1 << 20)
+    cold_start([tmp_path / "in"], 1 << 20, tmp_path)
     if _cached(file) == 1:
         pytest.skip("this file system keeps what it is asked to drop (tmpfs)")
     assert _cached(file) == 0
     assert file.read_bytes() == content
+    filler = tmp_path / "filler"
+    assert filler.stat().st_size == 4 << 20 and filler.stat().st_blocks == 0, "sparse: pages, but no disk"
+    assert _cached(filler) == 1
 
 
 def _cached(file) -> float:

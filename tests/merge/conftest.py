@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-VOCABULARY, HIDDEN = 2048, 96  # the embedding has more elements than one chunk
+from solar_mega.merge import chunks
+
+VOCABULARY, HIDDEN = 2048, 96
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch) -> None:
+    """So small that the embedding has three, in two windows."""
+    monkeypatch.setattr(chunks, "CHUNK", 1 << 16)
+    monkeypatch.setattr(chunks, "_WINDOW", 2 << 16)
 
 
 def make_model(

@@ -13,6 +13,7 @@ import pytest
 from solar_mega.errors import UserError
 from solar_mega.runtime import files
 from solar_mega.runtime.files import (
+    ReadAhead,
     atomic_directory,
     atomic_file,
     copy_range,
@@ -171,6 +172,20 @@ def test_space(tmp_path):
     require_space(absent, 1)
     with pytest.raises(UserError, match="not enough disk space"):
         require_space(absent, 1 << 62)
+
+
+def test_reading_ahead_gives_the_files_content(tmp_path):
+    contents = [os.urandom(size) for size in (0, 1, 4096, 10_000, 100_000)]
+    with ReadAhead(4096, pieces=3) as ahead:
+        for number, content in enumerate(contents):
+            (tmp_path / str(number)).write_bytes(content)
+            assert b"".join(map(bytes, ahead.read(tmp_path / str(number)))) == content
+        for piece in ahead.read(tmp_path / "4"):
+            assert bytes(piece) == contents[4][:4096]
+            break  # the rest is not wanted
+        assert b"".join(map(bytes, ahead.read(tmp_path / "3"))) == contents[3]
+        with pytest.raises(FileNotFoundError):
+            next(ahead.read(tmp_path / "absent"))
 
 
 ROUTES = [files._by_copy_file_range, files._by_sendfile, files._by_read_write]
