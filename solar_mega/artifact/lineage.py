@@ -127,18 +127,24 @@ def directory_hash(directory: Path, stopped: Callable[[], bool] = lambda: False)
     Covers every file (links followed) except those in hidden directories, and except lineage.json and
     README.md, which tell about the model and carry dates. Files are hashed one by one and the list of hashes
     once more, so the result depends neither on their order on disk nor on their times. `stopped` is asked
-    between chunks and ends the work with InterruptedError.
+    between chunks and ends the work with InterruptedError. Raises UserError naming a file that cannot be
+    read.
     """
     directory = Path(directory)
     total = hashlib.sha256()
     with ReadAhead(HASH_CHUNK) as ahead:
         for path in sorted(_files(directory)):
             digest, size = hashlib.sha256(), 0
-            for piece in ahead.read(directory / path):
-                if stopped():
-                    raise InterruptedError("hashing was stopped")
-                digest.update(piece)
-                size += len(piece)
+            try:
+                for piece in ahead.read(directory / path):
+                    if stopped():
+                        raise InterruptedError("hashing was stopped")
+                    digest.update(piece)
+                    size += len(piece)
+            except InterruptedError:
+                raise
+            except OSError as error:
+                raise UserError(f"{directory / path} cannot be read: {error.strerror}") from error
             total.update(f"{path}\0{size}\0{digest.hexdigest()}\n".encode())
     return f"sha256:{total.hexdigest()}"
 

@@ -1,6 +1,6 @@
 """A tensor's way through a merge: inputs read chunk by chunk, merged chunks rounded to what is stored.
 
-Memory is a chunk per input and one for the result, whatever the tensor's size.
+Memory is a window on each input and a chunk of the result, whatever the tensor's size.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -55,13 +55,17 @@ class Parents:
 
     @contextmanager
     def merging(self, nbytes: int) -> Iterator[None]:
-        """The block merges the next `nbytes` of the inputs, over all models; waits until they were hashed."""
+        """The block merges the next `nbytes` of the inputs, over all models; waits until they were hashed.
+        Raises UserError as soon as a model cannot be hashed."""
         with self._lock:
             self._begun += nbytes * self._share
             until = self._begun
         while any(hashed < min(until, self._merged + _APART) for hashed in self._hashed.values()):
             if self._over.wait(_PATIENCE):
                 break
+        for known in self._hashes.values():
+            if known.done():
+                known.result()
         yield
         with self._lock:
             self._merged += nbytes * self._share

@@ -1,8 +1,8 @@
 """The merge itself: tensors in parallel on a few threads, each streamed chunk by chunk from the models to its
 place in the result.
 
-Memory does not grow with the model: a thread holds one chunk per input. Parents are hashed
-beside the work (`merge.parents`).
+Memory does not grow with the model: a thread has a window on each input and a chunk of the result. Parents
+are hashed beside the work (`merge.parents`).
 """
 
 import json

@@ -1,6 +1,7 @@
 """The Python face of `csrc/`. Each file reads in one direction: formula, reference, op, autograd, public."""
 
 from solar_mega.ops.causal_attention import causal_attention, causal_attention_reference
+from solar_mega.ops.dot_products import dot_products, dot_products_reference
 from solar_mega.ops.dpo_loss import DPOLoss, dpo_loss, dpo_loss_reference
 from solar_mega.ops.library import available, build_info, report
 from solar_mega.ops.linear_dpo_loss import linear_dpo_loss
@@ -15,6 +16,7 @@ from solar_mega.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_no
 from solar_mega.ops.swiglu import swiglu, swiglu_reference
 from solar_mega.ops.token_logprob import TokenMetrics, token_logprob, token_logprob_with_metrics
 from solar_mega.ops.token_logprob_reference import token_logprob_reference
+from solar_mega.ops.weighted_sum import weighted_sum, weighted_sum_reference
 
 __all__ = [
     "WeightsOf",
@@ -26,6 +28,8 @@ __all__ = [
     "build_info",
     "causal_attention",
     "causal_attention_reference",
+    "dot_products",
+    "dot_products_reference",
     "dpo_loss",
     "dpo_loss_reference",
     "linear_dpo_loss",
@@ -42,4 +46,6 @@ __all__ = [
     "token_logprob",
     "token_logprob_reference",
     "token_logprob_with_metrics",
+    "weighted_sum",
+    "weighted_sum_reference",
 ]

@@ -54,6 +54,12 @@ def test_hashing_can_be_stopped(llama):
         directory_hash(llama, lambda: True)
 
 
+def test_a_file_that_cannot_be_read_is_named(llama):
+    (llama / "notes.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match="notes.txt cannot be read: No such file"):
+        directory_hash(llama)
+
+
 def test_round_trip_with_ancestry(llama, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir(), second.mkdir()

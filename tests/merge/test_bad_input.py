@@ -51,6 +51,14 @@ def test_other_shape_and_vocabulary(family, tmp_path):
         assert said in str(error.value), said
 
 
+def test_a_file_that_cannot_be_hashed_ends_the_merge(family, copy_of, tmp_path):
+    other = copy_of("b")
+    (other / "notes.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match="notes.txt cannot be read"):
+        merge(plan([family["a"], other]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_and_an_extra_tensor(family, copy_of):
     other = copy_of("b")
     edit_config(other, tie_word_embeddings=True)
