@@ -9,17 +9,11 @@
 #include <tuple>
 
 #include "common/qkv_rotary.h"
+#include "cuda/dtypes.cuh"
 #include "cuda/qkv_rotary.cuh"
 
 namespace solar_mega {
 namespace {
-
-template <typename F>
-void for_each_dtype(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Float) return f(float{});
-  if (dtype == ScalarType::BFloat16) return f(__nv_bfloat16{});
-  f(__half{});
-}
 
 bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0; }
 

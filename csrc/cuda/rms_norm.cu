@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "common/rms_norm.h"
+#include "cuda/dtypes.cuh"
 #include "cuda/rms_norm.cuh"
 
 namespace solar_mega {
@@ -33,13 +34,6 @@ bool rows_aligned(const Tensor& t, const Rows& rows) {
   const int64_t e = static_cast<int64_t>(t.element_size());
   return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && rows.inner_stride * e % 16 == 0 &&
       rows.outer_stride * e % 16 == 0;
-}
-
-template <typename F>
-void for_each_dtype(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Float) return f(float{});
-  if (dtype == ScalarType::BFloat16) return f(__nv_bfloat16{});
-  f(__half{});
 }
 
 template <int K>

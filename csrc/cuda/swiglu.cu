@@ -7,17 +7,11 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "common/swiglu.h"
+#include "cuda/dtypes.cuh"
 #include "cuda/swiglu.cuh"
 
 namespace solar_mega {
 namespace {
-
-template <typename F>
-void for_each_dtype(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Float) return f(float{});
-  if (dtype == ScalarType::BFloat16) return f(__nv_bfloat16{});
-  f(__half{});
-}
 
 bool aligned(const Tensor& t, const Rows& rows) {
   const int64_t lanes = 16 / static_cast<int64_t>(t.element_size());

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "common/token_logprob.h"
+#include "cuda/dtypes.cuh"
 #include "cuda/token_logprob.cuh"
 
 namespace solar_mega {
@@ -18,13 +19,6 @@ cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
-}
-
-template <typename F>
-void for_each_dtype(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Float) return f(float{});
-  if (dtype == ScalarType::BFloat16) return f(__nv_bfloat16{});
-  f(__half{});
 }
 
 void check_width(const char* op, int64_t width) {
