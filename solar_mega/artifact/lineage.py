@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from solar_mega import __version__
+from solar_mega.artifact.safetensors_format import read_index
 from solar_mega.depth.layer_map import LayerMap
-from solar_mega.errors import UserError
+from solar_mega.errors import Problems, UserError
 from solar_mega.runtime.files import ReadAhead
 
 LINEAGE = "lineage.json"
@@ -131,22 +132,36 @@ def directory_hash(directory: Path, stopped: Callable[[], bool] = lambda: False)
     read.
     """
     directory = Path(directory)
-    total = hashlib.sha256()
     with ReadAhead(HASH_CHUNK) as ahead:
-        for path in sorted(_files(directory)):
-            digest, size = hashlib.sha256(), 0
-            try:
-                for piece in ahead.read(directory / path):
-                    if stopped():
-                        raise InterruptedError("hashing was stopped")
-                    digest.update(piece)
-                    size += len(piece)
-            except InterruptedError:
-                raise
-            except OSError as error:
-                raise UserError(f"{directory / path} cannot be read: {error.strerror}") from error
-            total.update(f"{path}\0{size}\0{digest.hexdigest()}\n".encode())
+        lines = {
+            path: f"{path}\0{_content(ahead, directory / path, stopped)}\n"
+            for path in _weights_first(directory)
+        }
+    total = hashlib.sha256("".join(lines[path] for path in sorted(lines)).encode())
     return f"sha256:{total.hexdigest()}"
+
+
+def _content(ahead: ReadAhead, file: Path, stopped: Callable[[], bool]) -> str:
+    """Size and hash."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        for piece in ahead.read(file):
+            if stopped():
+                raise InterruptedError("hashing was stopped")
+            digest.update(piece)
+            size += len(piece)
+    except InterruptedError:  # one of the OSErrors
+        raise
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    return f"{size}\0{digest.hexdigest()}"
+
+
+def _weights_first(directory: Path) -> list[str]:
+    """All files, those that a conversion or merge reads at the same time in front: the disk then delivers
+    them once. Other weights may lie beside them, in another format."""
+    weights, _ = read_index(directory, Problems())
+    return sorted(_files(directory), key=lambda path: (path not in weights, path))
 
 
 def _files(directory: Path) -> list[str]:

@@ -1,7 +1,10 @@
 """lineage.json and content hashes."""
 
+import contextlib
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +55,25 @@ def test_hash_sees_every_change(llama):
 def test_hashing_can_be_stopped(llama):
     with pytest.raises(InterruptedError):
         directory_hash(llama, lambda: True)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="shows what is open on Linux only")
+def test_weights_are_hashed_first(llama):
+    """So that they are read together with whoever works on them."""
+    (llama / "consolidated.safetensors").write_bytes(bytes(100))
+    opened = []
+
+    def stopped() -> bool:
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                path = Path(os.readlink(f"/proc/self/fd/{number}"))
+                if path.parent == llama and path.name not in opened:
+                    opened.append(path.name)
+        return False
+
+    directory_hash(llama, stopped)
+    weights = [name for name in opened if name.startswith("model") and name.endswith(".safetensors")]
+    assert weights and opened[: len(weights)] == weights and "consolidated.safetensors" in opened
 
 
 def test_a_file_that_cannot_be_read_is_named(llama):
