@@ -3,6 +3,7 @@
 Free of torch, so that hashing begins before the rest of the program is loaded.
 """
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,20 +17,23 @@ from solar_mega.artifact.lineage import HASH_CHUNK, Parent, directory_hash
 if TYPE_CHECKING:
     from solar_mega.merge.plan import MergePlan
 
-_APART = 2 << 30  # bytes of a model
+_APART = 4 << 30  # bytes of a model, at most
 _PATIENCE = 0.005  # seconds between two looks
 
 
 class Parents:
     """The parents of a merge.
 
-    Merging follows hashing, and hashing waits for it, at most 2 GB of each model ahead: the disk delivers
-    every part once, however small memory is, and neither ends long after the other. Hashing goes first
-    because it reads in the order of the disk. Megatron checkpoints, known by their run state, are not hashed.
+    Merging follows hashing, and hashing waits for it, at most 4 GB of each model ahead and no more than stays
+    in the page cache: the disk delivers every part once, and neither ends long after the other. Hashing goes
+    first because it reads in the order of the disk. Megatron checkpoints, known by their run state, are not
+    hashed.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = [path for path in dict.fromkeys(paths) if (path / "config.json").is_file()]
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._apart = min(_APART, memory // 3 // max(1, len(self._paths)))
         self._hashed = dict.fromkeys(self._paths, 0.0)  # bytes
         self._begun = self._merged = 0.0  # bytes of each model
         self._share = 0.0
@@ -60,7 +64,7 @@ class Parents:
         with self._lock:
             self._begun += nbytes * self._share
             until = self._begun
-        while any(hashed < min(until, self._merged + _APART) for hashed in self._hashed.values()):
+        while any(hashed < min(until, self._merged + self._apart) for hashed in self._hashed.values()):
             if self._over.wait(_PATIENCE):
                 break
         for known in self._hashes.values():
@@ -81,7 +85,7 @@ class Parents:
     def _hash(self, path: Path) -> str:
         def stopped() -> bool:
             self._hashed[path] += HASH_CHUNK
-            while self._hashed[path] > self._merged + _APART and not self._over.is_set():
+            while self._hashed[path] > self._merged + self._apart and not self._over.is_set():
                 time.sleep(_PATIENCE)
             return self._over.is_set()
 
