@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from solar_mega.errors import UserError
 
 # Times what a contestant needs. Not simply all: there are machines whose memory takes minutes to fill.
@@ -79,15 +81,11 @@ def cold_start(inputs: Sequence[Path], nbytes: int, work: Path) -> None:
     os.sync()
     filler = work / "filler"
     with open(filler, "a+b", buffering=0) as stream:
-        stream.truncate(min(_memory_bytes(), _FILLED * nbytes))
+        stream.truncate(min(psutil.virtual_memory().total, _FILLED * nbytes))
         stream.seek(0)
         buffer = bytearray(4 << 20)
         while stream.readinto(buffer):
             pass
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def tree_bytes(directory: Path) -> int:

@@ -6,7 +6,6 @@ timed until its output is on the disk.
 """
 
 import json
-import os
 import platform
 import shutil
 import sys
@@ -26,6 +25,7 @@ from solar_mega.checkpoint.names import hf_shapes
 from solar_mega.errors import Problems
 from solar_mega.model.architecture import Architecture
 from solar_mega.runtime.console import Progress, human_bytes, human_seconds, say, table
+from solar_mega.runtime.cores import available_cores
 from solar_mega.runtime.files import require_empty, require_space
 
 _SPREAD = 0.02  # standard deviation of the weights, as in trained models
@@ -217,7 +217,7 @@ def _report(
         "settings": {**settings, "layers": arch.num_layers},
         "model_bytes": nbytes,
         "parameters": arch.parameters(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cores(),
         "machine": platform.machine(),
         "versions": package_versions(),
         "results": results,

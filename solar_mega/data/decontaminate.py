@@ -27,6 +27,7 @@ from solar_mega.data.judge import Benchmarks, Judge, Verdict, read_benchmarks, r
 from solar_mega.data.sources import Source, find_sources
 from solar_mega.errors import Problems, UserError
 from solar_mega.runtime.console import Progress, say, table
+from solar_mega.runtime.cores import available_cores
 from solar_mega.runtime.files import atomic_directory
 
 FLAN_TASKS = (
@@ -96,7 +97,7 @@ def run(o: DecontaminateOptions, sources: Sequence[Source]) -> dict[str, Any]:
     """Judges every row and writes what is kept. Returns the report. Raises UserError."""
     benchmarks = read_benchmarks(o.against, o.ngram)
     flan = read_flan(o.flan, frozenset(o.flan_tasks))
-    workers = o.workers or len(os.sched_getaffinity(0))
+    workers = o.workers or available_cores()
     with tempfile.TemporaryDirectory() as folder:
         benchmarks.index.save(Path(folder))
         judge = Judge(Path(folder), benchmarks.shingled(o.near), flan, frozenset(o.flan_tasks), o.near)

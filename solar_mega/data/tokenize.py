@@ -36,6 +36,7 @@ from solar_mega.data.sources import (
 from solar_mega.data.tokenizer import Tokenizer, limit_to_one_thread
 from solar_mega.errors import UserError
 from solar_mega.runtime.console import Progress
+from solar_mega.runtime.cores import available_cores
 
 _BATCH_CHARACTERS = 1 << 20  # per call into the tokenizer: large enough to cost nothing, small in memory
 _SHOWN = 5
@@ -175,10 +176,6 @@ def _worker_count(workers: int | None, total: int) -> int:
         raise UserError(f"--workers = {workers} must be at least 1")
     # a process that gets less than a piece or two costs more to start than it saves
     return workers or max(1, min(available_cores(), total // (4 * _SMALLEST_PIECE)))
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _description(

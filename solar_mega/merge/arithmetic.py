@@ -1,12 +1,14 @@
 """The merge methods, one tensor at a time, chunk by chunk (`merge.chunks`). All arithmetic is fp32 or wider.
 
-linear           y = sum_i w_i x_i                               normalize: / sum_i w_i
-slerp            y = sin((1-t) theta)/sin(theta) a + sin(t theta)/sin(theta) b,  cos(theta) = a.b/|a||b|
-delta_slerp      y = base + slerp(a - base, b - base)
-task_arithmetic  y = base + lambda sum_i w_i d_i,  d_i = x_i - base                arXiv 2212.04089
-ties             d_i trimmed to its largest |entries|, one sign elected per element   arXiv 2306.01708
-dare_linear      d_i with entries dropped at random, the rest divided by the density  arXiv 2311.03099
-dare_ties        the same, with TIES's election of signs
+x_i (a, b) are the models' tensors, w_i their weights, y is the result:
+
+    linear           y = sum_i w_i x_i                               normalize: / sum_i w_i
+    slerp            y = sin((1-t) theta)/sin(theta) a + sin(t theta)/sin(theta) b,  cos(theta) = a.b/|a||b|
+    delta_slerp      y = base + slerp(a - base, b - base)
+    task_arithmetic  y = base + lambda sum_i w_i d_i,  d_i = x_i - base                arXiv 2212.04089
+    ties             d_i trimmed to its largest |entries|, one sign elected per element   arXiv 2306.01708
+    dare_linear      d_i with entries dropped at random, the rest divided by the density  arXiv 2311.03099
+    dare_ties        the same, with TIES's election of signs
 """
 
 import hashlib

@@ -3,7 +3,6 @@
 Free of torch, so that hashing begins before the rest of the program is loaded.
 """
 
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from solar_mega.artifact.lineage import HASH_CHUNK, Parent, directory_hash
 
@@ -32,8 +33,7 @@ class Parents:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = [path for path in dict.fromkeys(paths) if (path / "config.json").is_file()]
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._apart = min(_APART, memory // 3 // max(1, len(self._paths)))
+        self._apart = min(_APART, psutil.virtual_memory().total // 3 // max(1, len(self._paths)))
         self._hashed = dict.fromkeys(self._paths, 0.0)  # bytes
         self._begun = self._merged = 0.0  # bytes of each model
         self._share = 0.0

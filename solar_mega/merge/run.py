@@ -6,7 +6,6 @@ are hashed beside the work (`merge.parents`).
 """
 
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from solar_mega.merge.arithmetic import Findings, merge_tensor
 from solar_mega.merge.chunks import Stream
 from solar_mega.merge.parents import Parents
 from solar_mega.merge.plan import Job, MergePlan
+from solar_mega.runtime.cores import available_cores
 from solar_mega.runtime.files import atomic_directory, require_empty, require_space
 
 REPORT = "merge_report.json"
@@ -72,7 +72,7 @@ def merge(
     findings = Findings()
     with parents or Parents(plan.recipe.models) as known, atomic_directory(out) as partial:
         known.follow(plan)
-        _write_weights(plan, partial, shard_bytes, threads or _cores(), progress, findings, known)
+        _write_weights(plan, partial, shard_bytes, threads or available_cores(), progress, findings, known)
         _write_surroundings(plan, partial, out.name, findings, known.done(plan))
     return MergeReport(
         out, len(plan.jobs), plan.parameters, plan.nbytes, time.monotonic() - started, findings
@@ -86,10 +86,6 @@ def check_place(plan: MergePlan, out: Path) -> None:
         if path.resolve() in (out.resolve(), *out.resolve().parents):
             raise UserError(f"--out: {out} lies inside the model {path}; name a directory outside it")
     require_space(out, plan.nbytes + _SPARE)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _write_weights(

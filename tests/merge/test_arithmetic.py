@@ -194,6 +194,16 @@ def test_dare_depends_on_the_seed_alone(family, tmp_path, method):
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+def test_pickled_weights_merge_like_safetensors(family, tmp_path, copy_of):
+    pickled = copy_of("b")
+    for file in [*pickled.glob("*.safetensors"), pickled / "model.safetensors.index.json"]:
+        file.unlink()
+    torch.save(tensors(family["b"]), pickled / "pytorch_model.bin")
+    ours = merged(tmp_path / "out", "slerp", [family["a"], pickled], t=(0.3,))
+    expected = merged(tmp_path / "expected", "slerp", [family["a"], family["b"]], t=(0.3,))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
 def test_fp32_inputs_and_result(family, tmp_path):
     """Inputs of different dtypes meet in fp32, and --dtype fp32 keeps what bf16 would round away."""
     wide = merged(tmp_path / "wide", "linear", [family["a"], family["b"]], dtype="fp32")
